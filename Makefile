@@ -1,0 +1,30 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+PY = .venv/bin/python
+DEMO = runs/demo
+
+.PHONY: demo test reference
+
+demo: .venv/ready   ## the main job in small: render, train, evaluate, predict; minutes on 2 cores
+	$(PY) evaluate.py --ckpt weights/miniature_sd2.safetensors --datasets miniature --out $(DEMO)/before
+	rm -rf $(DEMO)/stage1
+	$(PY) train_stage1.py --out $(DEMO)/stage1
+	$(PY) evaluate.py --ckpt $(DEMO)/stage1/model.safetensors --datasets miniature --out $(DEMO)/after
+	$(PY) predict.py --ckpt $(DEMO)/stage1/model.safetensors --out $(DEMO)/predictions
+	$(PY) -m miniature.demo_table $(DEMO)
+
+test: .venv/ready
+	$(PY) -m pytest -q tests --ignore tests/reference
+
+reference: .venv-reference/ready   ## compares the networks with diffusers and transformers
+	.venv-reference/bin/python -m pytest -q tests/reference
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+.venv-reference/ready: tests/requirements-reference.txt
+	$(PYTHON) -m venv .venv-reference
+	.venv-reference/bin/pip install -q -r tests/requirements-reference.txt
+	touch $@

@@ -1,0 +1,93 @@
+"""Model files: one .safetensors with everything that is needed to build and run the model.
+
+The header (JSON, under one key of the file's metadata) holds: format (version), kind (`sd2`,
+`stage1`, `stage2` or `dinov2`), config (the constructor's arguments), sources (names and sha256 of
+the files it was made from) and licence. Nothing in a file depends on time, path or host, so equal
+runs write equal bytes.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = 1
+KEY = "depthmaster"
+MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
+           "stage2": "train_stage2.py"}
+
+
+def save(path, tensors, header):
+    """Writes {name: tensor} and the header; beside first, then renamed, so never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    # One key: the library writes several in random order, and equal models must be equal bytes.
+    metadata = {KEY: json.dumps({"format": FORMAT, **header}, sort_keys=True)}
+    try:
+        write_tensors(temporary, tensors, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path, tensors, metadata):
+    """A .safetensors file with the permissions of any new file (the library's: its owner's)."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def read_header(path, kinds=tuple(MADE_BY)):
+    """The header of a model file. ValueError if it is no such file or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: give a model file that convert_sd2.py or "
+                                "a trainer wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable .safetensors file ({error}): "
+                         "convert or copy it again.") from None
+    if KEY not in metadata:
+        raise ValueError(f"{path} is not a model file of this project: convert it first "
+                         f"(python convert_sd2.py {path}).")
+    header = json.loads(metadata[KEY])
+    if header["format"] > FORMAT:
+        raise ValueError(f"{path} has format {header['format']}, this version reads up to "
+                         f"{FORMAT}: update the code.")
+    if header["kind"] not in kinds:
+        wanted = " or ".join(f"{kind} (from {MADE_BY[kind]})" for kind in kinds)
+        raise ValueError(f"{path} holds a {header['kind']} model, but what is needed here is "
+                         f"{wanted}.")
+    return header
+
+
+def build(constructor, config, path, device="cpu", dtype=None):
+    """Builds a module without initialising it and fills it from the file, strictly.
+
+    The module is made on the meta device and the file is mapped, so that neither 866 M random
+    numbers are drawn nor the weights held twice. dtype None: float32.
+    """
+    with torch.device("meta"):
+        module = constructor(**config)
+    expected = module.state_dict()
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        names = set(file.keys())
+        if names != set(expected):
+            odd = sorted(names ^ set(expected))
+            raise ValueError(f"{path} does not fit the model that its header describes: "
+                             f"{len(odd)} tensors are missing or unknown, {odd[0]} first.")
+        tensors = {name: file.get_tensor(name).to(dtype or torch.float32) for name in names}
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the model needs "
+                             f"{tuple(expected[name].shape)}.")
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()

@@ -1,0 +1,222 @@
+"""The U-Net of Stable Diffusion 2, with time step and text inside.
+
+Depth estimation calls it once: the image's latent goes in, the depth's latent comes out (DepthMaster,
+arXiv 2501.02576, Eq. 1-2). The text is the constant embedding of the empty prompt, two tokens, which
+is a buffer of the network; the time step is a constant too, 1 unless said otherwise.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def timestep_embedding(timestep, width):
+    """Sinusoids of the time step: B -> B,width, [cos, sin], float32 (DDPM, arXiv 2006.11239)."""
+    half = width // 2
+    exponent = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+    angles = timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, in_width, width):
+        super().__init__()
+        self.linear1 = nn.Linear(in_width, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear2(F.silu(self.linear1(x)))
+
+
+class Resnet(nn.Module):
+    """Two 3x3 convolutions with a skip and the time step in between: B,C_in,H,W -> B,C_out,H,W."""
+
+    def __init__(self, in_channels, out_channels, time_width, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_width, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens B,N,C to a context B,M,D (self-attention: D = C)."""
+
+    def __init__(self, channels, context_width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.k = nn.Linear(context_width, channels, bias=False)
+        self.v = nn.Linear(context_width, channels, bias=False)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x, context):
+        tensors = self.q(x), self.k(context), self.v(context)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in tensors)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Gated GELU, four times as wide inside (GEGLU, arXiv 2002.05202)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.linear_in = nn.Linear(channels, 8 * channels)
+        self.linear_out = nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        value, gate = self.linear_in(x).chunk(2, dim=-1)  # value half first
+        return self.linear_out(value * F.gelu(gate))
+
+
+class Transformer(nn.Module):
+    """Self-attention, attention to the text, feed-forward, around it a skip: B,C,H,W -> B,C,H,W."""
+
+    def __init__(self, channels, text_width, heads, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.cross_attention = Attention(channels, text_width, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.feed_forward = FeedForward(channels)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x, text):
+        height = x.shape[2]
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        n = self.norm1(h)
+        h = h + self.self_attention(n, n)
+        h = h + self.cross_attention(self.norm2(h), text)
+        h = h + self.feed_forward(self.norm3(h))
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height)
+
+
+class Block(nn.Module):
+    """One level: resnets, each followed by a transformer where the level has attention.
+
+    widths: channels that go into each resnet. `resize` leads to the next level; the U-Net, which
+    knows the sizes, calls it.
+    """
+
+    def __init__(self, widths, channels, time_width, text_width, heads, groups, attention, stride):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(w, channels, time_width, groups) for w in widths)
+        transformers = (Transformer(channels, text_width, heads, groups) for _ in widths)
+        self.attentions = nn.ModuleList(transformers if attention else ())
+        conv = stride and nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.resize = conv or None
+
+    def layer(self, index, x, time, text):
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, text) if self.attentions else x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels, time_width, text_width, heads, groups):
+        super().__init__()
+        self.resnet1 = Resnet(channels, channels, time_width, groups)
+        self.attention = Transformer(channels, text_width, heads, groups)
+        self.resnet2 = Resnet(channels, channels, time_width, groups)
+
+    def forward(self, x, time, text):
+        return self.resnet2(self.attention(self.resnet1(x, time), text), time)
+
+
+class UNet(nn.Module):
+    """The whole U-Net; the keywords' defaults are those of Stable Diffusion 2.
+
+    channels: widths per level, finest first; every level but the last halves the size.
+    attention: which levels have transformers (the middle always has one); heads: per level.
+    layers: resnets per level on the way down (one more on the way up).
+    """
+
+    def __init__(self, *, in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), layers=2,
+                 attention=(True, True, True, False), heads=(5, 10, 20, 20), text_width=1024,
+                 text_tokens=2, groups=32):
+        super().__init__()
+        self.channels = tuple(channels)
+        self.checkpoint_activations = False
+        time_width = 4 * channels[0]
+        self.register_buffer("text_embedding", torch.zeros(text_tokens, text_width))
+        self.time_embedding = TimeEmbedding(channels[0], time_width)
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        common = (time_width, text_width)
+        last = len(channels) - 1
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips = [channels[0]]  # widths of what the way down leaves for the way up
+        for level, width in enumerate(channels):
+            widths = [skips[-1]] + [width] * (layers - 1)
+            self.down.append(Block(widths, width, *common, heads[level], groups, attention[level],
+                                   stride=2 if level < last else None))
+            skips += [width] * (layers + (level < last))
+        self.mid = Middle(channels[-1], *common, heads[-1], groups)
+        below = channels[-1]
+        for level in reversed(range(len(channels))):
+            widths = [below + skips.pop()]
+            widths += [channels[level] + skips.pop() for _ in range(layers)]
+            self.up.append(Block(widths, channels[level], *common, heads[level], groups,
+                                 attention[level], stride=1 if level > 0 else None))
+            below = channels[level]
+        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+
+    def feature_channels(self, feature):
+        """Channels of the feature `down1`, `down2`, ... or `mid`."""
+        return self.channels[-1 if feature == "mid" else int(feature.removeprefix("down")) - 1]
+
+    def forward(self, latent, feature="mid", timestep=1):
+        """One pass: latent B,4,h,w -> (latent B,4,h,w, feature B,C,h',w').
+
+        feature: `mid`, the whole middle block's output, or `downN`, the output of the N-th level on
+        the way down with its stride. timestep: a number, or one per sample (B).
+        """
+        batch = latent.shape[0]
+        if not torch.is_tensor(timestep):
+            timestep = torch.full((batch,), timestep, device=latent.device)
+        time = timestep_embedding(timestep, self.channels[0]).to(latent.dtype)
+        time = self.time_embedding(time)  # B,4*C0
+        text = self.text_embedding.expand(batch, -1, -1).to(latent.dtype)  # B,2,1024
+
+        features = {}
+        x = self.conv_in(latent)
+        skips = [x]
+        for level, block in enumerate(self.down, start=1):
+            for index in range(len(block.resnets)):
+                x = self._run(block.layer, index, x, time, text)
+                skips.append(x)
+            if block.resize is not None:
+                x = block.resize(x)
+                skips.append(x)
+            features[f"down{level}"] = x
+        x = features["mid"] = self._run(self.mid, x, time, text)
+        for block in self.up:
+            for index in range(len(block.resnets)):
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = self._run(block.layer, index, x, time, text)
+            if block.resize is not None:
+                # Odd sizes: up to the size of the next skip, never blindly x2.
+                x = block.resize(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(x))), features[feature]
+
+    def _run(self, function, *inputs):
+        """Calls the function; in training, if wanted, recomputes its activations for gradients."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
