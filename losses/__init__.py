@@ -1,0 +1,1 @@
+"""The training objectives; every loss returns one value per sample."""

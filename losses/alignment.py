@@ -1,0 +1,55 @@
+"""Stage 1's feature alignment: the U-Net learns what a semantic encoder sees.
+
+arXiv 2501.02576, section III-B, Eq. 4-5.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class FeatureAdapter(nn.Sequential):
+    """Maps U-Net features B,N,C to the encoder's width B,N,D (Eq. 4); keys 0, 2, 4."""
+
+    def __init__(self, channels=1280, width=1536):
+        super().__init__(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                         nn.Linear(width, width))
+
+
+def teacher_image(image):
+    """The encoder's view of images B,3,H,W in [-1,1]: ImageNet-normalised, 7/8 of the size.
+
+    480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image's (other sizes:
+    rounded down to whole patches); bicubic without antialias.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    size = [side // 16 * 14 for side in image.shape[2:]]
+    return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
+
+
+def resize_tokens(tokens, grid, size):
+    """Tokens B,N,D of a grid (rows, columns) -> B,h*w,D at another size (h, w), bicubic."""
+    if tuple(grid) == tuple(size):
+        return tokens
+    maps = rearrange(tokens.float(), "b (h w) d -> b d h w", h=grid[0])
+    maps = F.interpolate(maps, size=size, mode="bicubic")
+    return rearrange(maps, "b d h w -> b (h w) d")
+
+
+def feature_alignment_loss(adapted, target, kind="kl"):
+    """Distance of adapted features B,N,D to the encoder's B,N,D -> per sample B (Eq. 5).
+
+    `kl`: KL(softmax(target) || softmax(adapted)) along channels, **mean over every element**, which
+    is 1/D of the KL per token: only so does the paper's weight 1 mean the same. `cosine`: 1 minus
+    the cosine similarity, mean over tokens.
+    """
+    adapted, target = adapted.float(), target.float()
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(adapted, target, dim=-1).mean(dim=1)
+    log_p, log_q = F.log_softmax(target, dim=-1), F.log_softmax(adapted, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).mean(dim=(1, 2))

@@ -1,0 +1,23 @@
+"""Stage 1's regression of the depth latent (arXiv 2501.02576, Eq. 3)."""
+
+import torch
+from einops import reduce
+
+
+def valid_cells(valid, cell=8):
+    """Pixels B,1,H,W (bool) -> latent cells B,1,H/8,W/8: true where all 8x8 pixels are valid."""
+    height, width = (side // cell * cell for side in valid.shape[2:])
+    cells = reduce(valid[:, :, :height, :width].float(), "b 1 (h p) (w q) -> b 1 h w", "min",
+                   p=cell, q=cell)
+    return cells.bool()
+
+
+def latent_loss(z_pred, z_target, valid):
+    """Squared error of latents B,4,h,w over cells whose pixels are all valid -> per sample B.
+
+    valid: B,1,H,W bool. A sample without a valid cell gives 0 (readers never yield one).
+    """
+    cells = valid_cells(valid)
+    error = torch.where(cells, z_pred.float() - z_target.float(), 0)  # B,4,h,w
+    total = error.square().mean(dim=1).sum(dim=(1, 2))
+    return total / cells.sum(dim=(1, 2, 3)).clamp(min=1)
