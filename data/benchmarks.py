@@ -1,0 +1,69 @@
+"""The evaluation sets: where each lies, what range it is scored in, what was published for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.hypersim import Hypersim, ProcessedHypersim
+from data.pairs import FolderOfPairs
+from data.training import holds_pairs, holds_processed_hypersim
+from data.vkitti import VirtualKITTI
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a set is evaluated.
+
+    folder: its name in the data root, and in a folder of predictions. min_depth, max_depth:
+    metres, the range that predictions are clipped to. processing_res: longest side while
+    predicting; 0: the image's own, None: the model's own. published: DepthMaster's scores
+    (arXiv 2501.02576, Tables I and VI) as fractions.
+    """
+
+    folder: str
+    min_depth: float
+    max_depth: float
+    processing_res: int | None
+    published: dict
+
+
+BENCHMARKS = {
+    "hypersim": Benchmark("hypersim", 1e-5, 65.0, None, {"boundary_f1": 0.337}),
+    "vkitti": Benchmark("vkitti", 1e-5, 80.0, 0, {}),
+    "pairs": Benchmark("pairs", 1e-5, float("inf"), None, {}),
+    "miniature": Benchmark("hypersim", 1e-5, 65.0, None, {}),
+}
+
+
+def open_benchmark(name, folder, depth_scale=1000.0, vkitti_crop=(352, 1216)):
+    """The reader of a set that lies in `folder`; depth_scale: units per metre of the pairs' PNGs.
+
+    A reader has a length, name(i), [i] -> sample, and `expected`, the number of images that the
+    set should have (None: anything). Raises FileNotFoundError if the set is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there, but should hold the set {name}: give the "
+                                "folder that it lies in with --data.")
+    if name == "vkitti":
+        return VirtualKITTI(folder, "val", vkitti_crop)
+    if name == "pairs":
+        return FolderOfPairs(folder / "val" if holds_pairs(folder / "val") else folder, depth_scale)
+    entries = sorted(entry.name for entry in folder.iterdir())
+    processed = holds_processed_hypersim(folder, entries)
+    return (ProcessedHypersim if processed else Hypersim)(folder, "val")
+
+
+def locate(name, root, alone):
+    """The folder of a set under ROOT; of a set asked for alone, ROOT itself if it is not there."""
+    inside = Path(root) / BENCHMARKS[name].folder
+    return Path(root) if alone and not inside.is_dir() else inside
+
+
+def find_benchmarks(root):
+    """Names of the sets that have a folder under ROOT. FileNotFoundError if none has."""
+    names = [name for name in BENCHMARKS if name != "miniature"]
+    found = [name for name in names if (Path(root) / BENCHMARKS[name].folder).is_dir()]
+    if not found:
+        raise FileNotFoundError(f"{root} holds none of the folders {', '.join(names)}: give the "
+                                "folder above them, or say which set it is with --datasets.")
+    return found

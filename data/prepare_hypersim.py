@@ -1,0 +1,170 @@
+"""Turns raw Hypersim into PNG pairs: 8-bit colour, and planar depth in millimetres.
+
+    python -m data.prepare_hypersim RAW OUT
+
+writes OUT/{train,val,test}/ai_VVV_NNN/{rgb,depth_plane}_cam_XX_frIIII.png. Run it again to go on
+where it stopped. What can't be used goes into OUT/dropped.csv: training frames that Marigold's
+filter rejects, and files that can't be read (which the next run tries again).
+"""
+
+import argparse
+import csv
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import engine
+from data.files import write_png
+from data.hypersim import PUBLISHED_COUNTS, SPLITS, Hypersim, are_present, depth_of
+from data.transforms import BadSample, FilteredSample
+
+log = logging.getLogger(__name__)
+
+REPORT = "dropped.csv"
+COLUMNS = ("split", "frame", "kind", "reason")
+FILTERED, BAD = "filtered", "bad"  # what `kind` may be
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", metavar="RAW", type=Path, help="root of the raw release")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS,
+                        help="splits to convert (default: all)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(),
+                        help="processes; 0 works in this one (default: one per core)")
+    options = parser.parse_args(argv)
+    if options.workers < 0:
+        parser.error(f"--workers is {options.workers}, but must be 0 or more")
+    prepare(options.raw, options.out, options.splits, options.workers)
+
+
+def prepare(raw, out, splits, workers):
+    """Converts what isn't converted yet, writes the report and prints the counts."""
+    if raw.resolve() == out.resolve():
+        raise ValueError(f"{out} is the raw data set itself; give another folder to write to.")
+    readers = open_splits(raw, splits)
+    pairs = [(split, i) for split, reader in readers.items() for i in range(len(reader))]
+    dropped = read_report(out)
+    finished = are_finished(out, readers, pairs)
+    todo = [(split, i) for (split, i), is_finished in zip(pairs, finished)
+            if not is_finished and not was_filtered(dropped, split, readers[split].name(i))]
+    converted = DataLoader(Conversion(readers, out, todo), batch_size=None, num_workers=workers)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / REPORT, "a", newline="") as file:  # so that a run that is killed loses nothing
+        rows = csv.writer(file)
+        for split, frame, kind, reason in tqdm(converted, "converting", len(todo), file=sys.stderr):
+            dropped.pop((split, frame), None)
+            if kind:
+                dropped[split, frame] = (kind, reason)
+                rows.writerow((split, frame, kind, reason))
+                file.flush()
+    write_report(out, dropped)
+    print_counts(readers, dropped, pairs, are_finished(out, readers, pairs))
+
+
+def open_splits(raw, splits):
+    """{split: reader} of the splits that have frames on disk; raises if none has."""
+    readers, errors = {}, []
+    for split in splits:
+        try:
+            readers[split] = Hypersim(raw, split)
+        except FileNotFoundError as error:
+            errors.append(error)
+    if not readers:
+        raise errors[0]
+    for error in errors:
+        log.warning("%s", error)
+    return readers
+
+
+class Conversion(Dataset):
+    """Reading item j converts frame todo[j]: (split, frame, kind, reason); kind "" if written.
+
+    A data set, because a DataLoader is a pool of processes that gets the index of frames only once.
+    """
+
+    def __init__(self, readers, out, todo):
+        self.readers, self.out, self.todo = readers, out, todo
+
+    def __len__(self):
+        return len(self.todo)
+
+    def __getitem__(self, j):
+        split, i = self.todo[j]
+        reader = self.readers[split]
+        try:
+            sample = reader[i]
+        except BadSample as error:
+            kind = FILTERED if isinstance(error, FilteredSample) else BAD
+            return split, reader.name(i), kind, str(error)
+        image = self.out / image_file(split, reader, i)
+        image.parent.mkdir(parents=True, exist_ok=True)
+        # The image comes last: a pair without one is not finished, and no reader looks at it.
+        write_png(depth_of(str(image)), to_millimetres(sample["depth"], sample["valid"]))
+        write_png(image, sample["image"].numpy().transpose(1, 2, 0))
+        return split, reader.name(i), "", ""
+
+
+def image_file(split, reader, i):
+    """Where the image of a frame goes, relative to the output folder."""
+    scene, camera, frame = reader.frames[i]
+    return Path(split) / scene / f"rgb_{camera}_fr{frame:04d}.png"
+
+
+def to_millimetres(depth_m, valid):
+    """Depth 1,H,W in metres -> uint16 H,W in millimetres, 0 where it is invalid.
+
+    A valid depth is below 65 m, so nothing wraps round at 65.536 m.
+    """
+    return np.rint(np.where(valid[0], depth_m[0], 0) * 1000).astype(np.uint16)
+
+
+def are_finished(out, readers, pairs):
+    """For each (split, i), whether both of its files are written."""
+    images = [out / image_file(split, readers[split], i) for split, i in pairs]
+    depth_maps = [Path(depth_of(str(image))) for image in images]
+    return [both == (True, True) for both in zip(are_present(images), are_present(depth_maps))]
+
+
+def read_report(out):
+    """{(split, frame): (kind, reason)} of what earlier runs dropped."""
+    if not (out / REPORT).exists():
+        return {}
+    with open(out / REPORT, newline="") as file:
+        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]  # a cut line is no row
+    return {(split, frame): (kind, reason) for split, frame, kind, reason in rows
+            if kind in (FILTERED, BAD)}
+
+
+def was_filtered(dropped, split, frame):
+    return dropped.get((split, frame), ("",))[0] == FILTERED
+
+
+def write_report(out, dropped):
+    with open(out / f"{REPORT}.tmp", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS)
+        rows.writerows(key + dropped[key] for key in sorted(dropped))
+    os.replace(out / f"{REPORT}.tmp", out / REPORT)
+
+
+def print_counts(readers, dropped, pairs, finished):
+    """A line for each split: listed, on disk, dropped, kept, and the published lists' length."""
+    heads = ("listed", "on disk", "filtered", "bad", "kept")
+    print("split " + "".join(f"{head:>9}" for head in heads) + "  published")
+    for split, reader in readers.items():
+        kinds = [kind for (where, _), (kind, _) in dropped.items() if where == split]
+        kept = sum(where == split for (where, _), there in zip(pairs, finished) if there)
+        print(f"{split:6}{reader.expected:9,}{len(reader):9,}{kinds.count(FILTERED):9,}"
+              f"{kinds.count(BAD):9,}{kept:9,}{PUBLISHED_COUNTS[split]:11,}")
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,243 @@
+"""The training set: samples of several data sets, drawn, normalised, resized and flipped."""
+
+import logging
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import reduce
+from torch.utils.data import DataLoader, Dataset
+
+from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
+from data.pairs import PAIRS_CSV, FolderOfPairs
+from data.sampler import draw_step, shuffled_index
+from data.transforms import (
+    TARGETS, BadSample, FilteredSample, normalise_target, resize_antialias, resize_nearest,
+)
+from data.vkitti import TREES, VirtualKITTI, holds_scenes
+
+log = logging.getLogger(__name__)
+
+RGB_RESIZES = {"nearest-exact": resize_nearest, "antialias": resize_antialias}
+# So many samples in a row that can't be used mean that the data set is broken, not a file.
+MAX_REPLACEMENTS = 100
+# A run stops when a larger share of its draws is bad; a few are borne in any case.
+MAX_BAD_SHARE, MIN_BAD = 0.01, 10
+CELL = 8  # pixels across a cell of the latent
+
+
+class Replaced(NamedTuple):
+    """A sample that was drawn and couldn't be used. filtered: left out on purpose, not bad."""
+
+    name: str
+    reason: str
+    filtered: bool
+
+
+class TrainingSet(Dataset):
+    """Sample k is place k % batch of step k // batch: a pure function of (seed, batch, k).
+
+    Pair it with a StepBatchSampler made with the same seed, batch, probabilities and sizes.
+    """
+
+    def __init__(self, sources, probabilities, sizes, target="sqrt_disparity", seed=0, batch=32,
+                 rgb_resize="nearest-exact"):
+        """sources: readers; probabilities: of drawing each; sizes: (h, w) each is resized to.
+
+        target: the space of the target, one of TARGETS; rgb_resize: one of RGB_RESIZES (target
+        and mask are always resized by nearest-exact).
+        """
+        if target not in TARGETS:
+            raise ValueError(f"the target is {target!r}, but must be one of {', '.join(TARGETS)}.")
+        if rgb_resize not in RGB_RESIZES:
+            raise ValueError(f"the resizing of images is {rgb_resize!r}, but must be one of "
+                             f"{', '.join(RGB_RESIZES)}.")
+        self.sources, self.probabilities = list(sources), list(probabilities)
+        self.sizes = [tuple(size) for size in sizes]
+        self.target, self.seed, self.batch, self.rgb_resize = target, seed, batch, rgb_resize
+
+    def __getitem__(self, k):
+        """dict(image uint8 3,h,w; target float32 1,h,w in [-1,1]; valid bool 1,h,w; name;
+        replaced: list of Replaced).
+
+        A sample that can't be used is replaced by the next of its data set's order; `replaced`
+        lists what was passed over. Raises ValueError if 100 in a row can't be used.
+        """
+        step, place = divmod(k, self.batch)
+        drawn, flips = draw_step(self.seed, step, self.batch, self.probabilities)
+        number = int(drawn[place])
+        source = self.sources[number]
+        replaced = []
+        for entry in range(k, k + MAX_REPLACEMENTS):
+            index = shuffled_index(self.seed, number, len(source), entry)
+            try:
+                sample = self._prepare(source[index], self.sizes[number], flips[place])
+            except BadSample as error:
+                filtered = isinstance(error, FilteredSample)
+                replaced.append(Replaced(source.name(index), str(error), filtered))
+            else:
+                return dict(sample, replaced=replaced)
+        raise ValueError(f"{source.root}: {MAX_REPLACEMENTS} samples in a row can't be used, the "
+                         f"last being {replaced[-1].name} ({replaced[-1].reason.rstrip('.')}); "
+                         "check the data set.")
+
+    def _prepare(self, sample, size, flip):
+        """A reader's sample -> image, target and valid of the size, and the name."""
+        # Quantiles are those of the full resolution, so the target comes before the resizing.
+        target = normalise_target(sample["depth"], sample["valid"], self.target, sample["name"])
+        target = resize_nearest(target, size)
+        valid = resize_nearest(sample["valid"], size)
+        if not has_complete_cell(valid):
+            raise BadSample(f"{sample['name']}: at {size[0]}x{size[1]}, no cell of {CELL}x{CELL} "
+                            "pixels is completely valid.")
+        image = RGB_RESIZES[self.rgb_resize](sample["image"], size)
+        if flip:
+            image, target, valid = image.flip(-1), target.flip(-1), valid.flip(-1)
+        return dict(image=image, target=target, valid=valid, name=sample["name"])
+
+
+def has_complete_cell(valid):
+    """valid bool 1,h,w -> whether one of the latent's cells has only valid pixels."""
+    height, width = (length // CELL * CELL for length in valid.shape[-2:])
+    cells = reduce(valid[:, :height, :width].byte(), "1 (h a) (w b) -> h w", "min", a=CELL, b=CELL)
+    return bool(cells.any())
+
+
+def collate(samples):
+    """Samples of one size -> dict(image B,3,h,w; target, valid B,1,h,w; name: list; replaced)."""
+    batch = {key: torch.stack([sample[key] for sample in samples])
+             for key in ("image", "target", "valid")}
+    return dict(batch, name=[sample["name"] for sample in samples],
+                replaced=[entry for sample in samples for entry in sample["replaced"]])
+
+
+def add_data_options(parser):
+    """The options that say what both stages train on."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=Path, help="Hypersim (raw or prepared) or a folder of pairs")
+    add("--vkitti", type=Path, help="Virtual KITTI 2: one sample in ten, or all without --data")
+    add("--size", type=int, nargs=2, metavar=("H", "W"),
+        help="that --data is resized to (the model's own; SD2: 480 640)")
+    add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
+        help="of Virtual KITTI 2, at the bottom (352 1216)")
+    add("--rgb-resize", choices=list(RGB_RESIZES), default="nearest-exact",
+        help="antialias is the better one, nearest-exact the paper's (%(default)s)")
+    add("--depth-scale", type=float, default=1000.0,
+        help="of pairs in 16-bit PNG: units per metre (%(default)s)")
+
+
+def open_held_out(root, crop, depth_scale, say):
+    """The reader of a data set's val split, or None, said, if it has none."""
+    try:
+        return open_training_source(root, "val", depth_scale, crop)
+    except FileNotFoundError as error:
+        say(f"No validation during training: {error}")
+        return None
+
+
+def open_training_set(data, vkitti, size, crop=(352, 1216), depth_scale=1000.0,
+                      target="sqrt_disparity", seed=0, batch=32, rgb_resize="nearest-exact"):
+    """The training set of `data`, or of Virtual KITTI 2, or of both mixed 9 to 1.
+
+    data, vkitti: folders, one of which may be None; size: (h, w) that `data` is resized to; Virtual
+    KITTI 2 keeps the size of its crop.
+    """
+    sources, probabilities, sizes = [], [], []
+    if min(size) < CELL:
+        raise ValueError(f"--size {size[0]} {size[1]} is too small: both need {CELL} pixels.")
+    if data:
+        sources.append(open_training_source(data, "train", depth_scale, crop))
+        probabilities.append(0.9)
+        sizes.append(size)
+    if vkitti:
+        sources.append(VirtualKITTI(vkitti, "train", crop))
+        probabilities.append(0.1)
+        sizes.append(crop)
+    return TrainingSet(sources, probabilities, sizes, target, seed, batch, rgb_resize)
+
+
+def read_batches(training_set, sampler, workers, on_bad):
+    """Yields the sampler's micro-batches, read by `workers` processes ahead of time.
+
+    on_bad(name, reason): called once for every sample that had to be replaced because it is bad.
+    Raises ValueError when over 1 % of what was drawn is bad.
+    """
+    loader = DataLoader(training_set, batch_sampler=sampler, num_workers=workers,
+                        collate_fn=collate, pin_memory=torch.cuda.is_available(),
+                        prefetch_factor=4 if workers else None)
+    drawn, count, bad = 0, 0, {}
+    for batch in one_sentence_errors(loader):
+        drawn += len(batch["name"])
+        for name, reason, filtered in batch.pop("replaced"):
+            if not filtered:
+                count += 1
+                if name not in bad:
+                    on_bad(name, reason)
+                bad[name] = reason
+        if count > max(MAX_BAD_SHARE * drawn, MIN_BAD):
+            raise ValueError(f"{count} of the {drawn} samples drawn can't be used, over "
+                             f"{MAX_BAD_SHARE:.0%}: {'; '.join(bad.values())}")
+        yield batch
+
+
+def one_sentence_errors(loader):
+    """The loader's batches; a worker's ValueError without the traceback it comes wrapped in."""
+    try:
+        yield from loader
+    except ValueError as error:
+        last_line = str(error).rstrip().split("\n")[-1]
+        raise ValueError(last_line.removeprefix("ValueError: ")) from error
+
+
+def open_training_source(root, split="train", depth_scale=1000.0, crop=(352, 1216)):
+    """The reader of the data set in a folder, told by what is in it.
+
+    depth_scale: for a folder of pairs; crop: for Virtual KITTI 2. A folder of pairs may hold
+    folders named train and val; otherwise all of it serves as every split.
+    Raises FileNotFoundError if the folder is missing, empty or nothing that is known.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; give the root of a data set.")
+    entries = sorted(entry.name for entry in root.iterdir())
+    if not entries:
+        raise FileNotFoundError(f"{root} is empty; give the root of a data set.")
+    if holds_raw_hypersim(root, entries):
+        return Hypersim(root, split)
+    if holds_processed_hypersim(root, entries):
+        return ProcessedHypersim(root, split)
+    if any(holds_scenes(root / rgb_tree) for rgb_tree, _ in TREES):
+        return VirtualKITTI(root, split, crop)
+    if any(holds_pairs(root / name) for name in SPLITS):
+        return FolderOfPairs(root / split, depth_scale)
+    if holds_pairs(root):
+        if split != "train":
+            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
+        return FolderOfPairs(root, depth_scale)
+    raise FileNotFoundError(
+        f"{root} is no data set that is known; looked for raw Hypersim ({SPLIT_CSV} and "
+        "ai_VVV_NNN/images/), processed Hypersim (ai_VVV_NNN/rgb_cam_XX_frIIII.png, also under "
+        "train/ and val/), Virtual KITTI 2 (Scene01/, also under rgb/ and depth/) and a folder of "
+        f"pairs (rgb/ and depth/, or {PAIRS_CSV}).")
+
+
+def is_scene(name):
+    return re.fullmatch(r"ai_\d{3}_\d{3}", name) is not None
+
+
+def holds_raw_hypersim(root, entries):
+    return any(is_scene(name) and (root / name / "images").is_dir() for name in entries) or (
+        SPLIT_CSV in entries and not holds_processed_hypersim(root, entries))
+
+
+def holds_processed_hypersim(root, entries):
+    """Whether there are scenes of PNG pairs, directly or in folders named like splits."""
+    folders = [root / name for name in entries if is_scene(name)]
+    folders += [scene for split in SPLITS if (root / split).is_dir()
+                for scene in (root / split).iterdir() if is_scene(scene.name)]
+    return any(next(folder.glob("rgb_cam_*.png"), None) for folder in folders)
+
+
+def holds_pairs(root):
+    return (root / PAIRS_CSV).is_file() or ((root / "rgb").is_dir() and (root / "depth").is_dir())

@@ -1,0 +1,1 @@
+"""What is not the method: offered by one script, never needed by the others."""

@@ -1,0 +1,271 @@
+"""evaluate.py on small worlds in the sets' own layouts, against test_metrics' numpy scores."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+import engine
+import evaluate
+import metrics
+from data.benchmarks import BENCHMARKS, find_benchmarks
+from miniature import embedded
+from nets.depthmaster import DepthMaster
+from test_metrics import boxes, noisy, numpy_score
+from test_predict import photo, save_tiny
+
+SIZES = {"a": (40, 60), "deep/b": (45, 50), "deep/c": (45, 50)}
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture()
+def world(tmp_path):
+    """ROOT/pairs with three images of two sizes, and saved predictions of them in DIR/pairs."""
+    for number, (name, size) in enumerate(SIZES.items()):
+        depth_m, _ = boxes(*size, holes=0.05, seed=number)
+        save(tmp_path / "root/pairs/rgb" / f"{name}.png", photo(*size, seed=number))
+        save(tmp_path / "root/pairs/depth" / f"{name}.png", np.round(1000 * depth_m))
+        path = tmp_path / "saved/pairs/rgb" / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pred = noisy(depth_m, "sqrt_disparity", seed=number)
+        pred[0, :9] = -2  # far below what the others say: negative when aligned
+        np.save(path, pred)
+    return tmp_path
+
+
+def save(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, picture if picture.dtype == np.uint8 else picture.astype(np.uint16))
+
+
+def truth(world, name):
+    """depth_m and valid as the files of the world say."""
+    depth_m = iio.imread(world / "root/pairs/depth" / f"{name}.png") / np.float32(1000)
+    return depth_m, depth_m > 0
+
+
+def call(monkeypatch, *arguments):
+    """Runs the script in this process: the exit code."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    try:
+        engine.run(evaluate.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def results(out):
+    """metrics.json, and per_image.csv as {(dataset, image): {score: float}}."""
+    with open(out / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["dataset", "image", *metrics.SCORES]
+    images = {(row["dataset"], row["image"]): {key: float(row[key]) for key in metrics.SCORES}
+              for row in rows}
+    return json.loads((out / "metrics.json").read_text()), images
+
+
+def pairs_score(pred, depth_m, valid, space, negative="clamp", f1_mask="pair"):
+    return numpy_score(pred, depth_m, valid, space, 1e-5, np.inf, negative, f1_mask)
+
+
+def mean(scores):
+    return {key: np.mean([each[key] for each in scores]) for key in metrics.SCORES}
+
+
+def test_saved_predictions_in_all_three_spaces(world, monkeypatch, capsys):
+    """One prediction is a PNG, the released behaviour is switched on."""
+    path = world / "saved/pairs/rgb/deep/c.npy"
+    save(path.with_suffix(".png"), np.round(65535 * np.load(path).astype(np.float64).clip(0)))
+    path.unlink()
+    assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                "--out", world / "out", "--align-negative", "square", "--f1-mask", "owner") == 0
+    expected = {space: [] for space in metrics.SPACES}
+    for name in SIZES:
+        file = world / "saved/pairs/rgb" / name
+        pred = (np.load(f"{file}.npy") if name != "deep/c" else iio.imread(f"{file}.png") / 65535)
+        for space in metrics.SPACES:
+            expected[space].append(pairs_score(pred, *truth(world, name), space, "square", "owner"))
+    found, images = results(world / "out")
+    for name, scores in zip(SIZES, expected["sqrt_disparity"]):
+        assert images["pairs", f"rgb/{name}"] == pytest.approx(scores, rel=1e-6, abs=1e-9)
+    assert len(images) == 3
+    found = found["pairs"]
+    assert {key: found[key] for key in metrics.SCORES} == pytest.approx(
+        mean(expected["sqrt_disparity"]), rel=1e-6)
+    for space in ("disparity", "depth"):
+        assert found["other_alignments"][space] == pytest.approx(mean(expected[space]), rel=1e-6)
+    assert (found["align"], found["align_negative"], found["f1_mask"]) == (
+        "sqrt_disparity", "square", "owner")
+    assert (found["images"], found["expected_images"], found["skipped"]) == (3, None, 0)
+    assert found["processing_res"] is None and found["precision"] is None
+    table = capsys.readouterr().out
+    for space in metrics.SPACES:
+        [line] = [line for line in table.splitlines() if f" {space} " in line]
+        assert f"{100 * mean(expected[space])['abs_rel']:.2f}" in line
+        assert line.endswith("at 40x60 to 45x50 (2 sizes)")
+
+
+def test_a_model_is_scored_at_the_asked_resolution(world, ckpt, monkeypatch, capsys):
+    """ROOT is the set's own folder; --limit says so."""
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root/pairs", "--datasets", "pairs",
+                "--processing-res", 32, "--limit", 2, "--align", "depth",
+                "--out", world / "out") == 0
+    model = DepthMaster.from_file(ckpt).for_inference()
+    expected = []
+    for number, name in enumerate(["a", "deep/b"]):
+        pred = model.predict(photo(*SIZES[name], seed=number), 32)
+        expected.append(pairs_score(pred, *truth(world, name), "depth"))
+    found = results(world / "out")[0]["pairs"]
+    assert {key: found[key] for key in metrics.SCORES} == pytest.approx(mean(expected), rel=1e-6)
+    assert found["other_alignments"] == {}
+    assert (found["images"], found["limit"], found["align"]) == (2, 2, "depth")
+    assert (found["processing_res"], found["precision"]) == (32, "float32")
+    assert "only the first 2 were asked for (--limit)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["disparity", "depth"])
+def test_alignment_space_and_resolution_are_the_models(target, world, monkeypatch):
+    """Of a folder of pairs with train/ and val/, the latter is scored."""
+    (world / "split").mkdir()
+    (world / "root/pairs").rename(world / "split/val")
+    ckpt = save_tiny(world / "other.safetensors", target=target, processing_res=40)
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "split", "--datasets", "pairs",
+                "--out", world / "out") == 0
+    found = results(world / "out")[0]["pairs"]
+    assert (found["align"], found["processing_res"], found["images"]) == (target, 40, 3)
+
+
+def break_prediction(world, how):
+    path = world / "saved/pairs/rgb/deep/b.npy"
+    pred = np.load(path)
+    if how == "missing":
+        path.unlink()
+    elif how == "size":
+        np.save(path, pred[1:])
+    elif how == "nan":
+        pred[3, 4] = np.nan
+        np.save(path, pred)
+    else:
+        path.write_bytes(path.read_bytes()[:300])
+
+
+@pytest.mark.parametrize("how, reason", [
+    ("missing", "is missing"), ("size", "(44, 50)"), ("nan", "1 values that are NaN"),
+    ("truncated", "can't be read"),
+])
+def test_bad_predictions_are_named_or_skipped(how, reason, world, monkeypatch, capsys):
+    break_prediction(world, how)
+    arguments = ["--predictions", world / "saved", "--data", world / "root", "--out", world / "out"]
+    assert call(monkeypatch, *arguments) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "deep/b.npy" in last and reason in last
+    assert not (world / "out").exists()
+
+    assert call(monkeypatch, *arguments, "--skip-bad") == 0
+    printed = capsys.readouterr()
+    assert "skipped pairs/rgb/deep/b" in printed.err and "deep/b.npy" in printed.err
+    assert "1 could not be used and were left out (--skip-bad)" in printed.out
+    found, images = results(world / "out")
+    assert (found["pairs"]["images"], found["pairs"]["skipped"]) == (2, 1)
+    assert set(images) == {("pairs", "rgb/a"), ("pairs", "rgb/deep/c")}
+
+
+def test_bad_truth_is_named_or_skipped(world, monkeypatch, capsys):
+    save(world / "root/pairs/depth/a.png", np.zeros(SIZES["a"]))
+    arguments = ["--predictions", world / "saved", "--data", world / "root", "--out", world / "out"]
+    assert call(monkeypatch, *arguments) == 1
+    assert "no valid pixel" in capsys.readouterr().err
+    assert call(monkeypatch, *arguments, "--skip-bad", "--limit", 1) == 1
+    assert "error: none of the 1 images of pairs could be scored" in capsys.readouterr().err
+    assert call(monkeypatch, *arguments, "--skip-bad") == 0
+
+
+def test_virtual_kitti_is_cropped_and_clipped(tmp_path, ckpt, monkeypatch, capsys):
+    """The sky is not scored, predictions beyond 80 m are clipped to it, pictures not resized."""
+    frames = tmp_path / "root/vkitti/Scene01/clone/frames"
+    rows, columns = np.mgrid[:375, :1242]
+    depth_cm = 500 + 30 * rows + columns
+    depth_cm[:100] = 65535
+    save(frames / "rgb/Camera_0/rgb_00000.jpg", photo(375, 1242))
+    save(frames / "depth/Camera_0/depth_00000.png", depth_cm)
+    depth_m = depth_cm[23:, 13:1229].astype(np.float32) / 100
+    pred = noisy(np.where(depth_m < 80, depth_m, 80), "disparity")
+    pred[80:140, :100] = -1  # 1 km when aligned
+    path = tmp_path / "saved/vkitti/Scene01/clone/frames/rgb/Camera_0/rgb_00000.npy"
+    path.parent.mkdir(parents=True)
+    np.save(path, pred)
+    assert call(monkeypatch, "--predictions", tmp_path / "saved", "--data", tmp_path / "root",
+                "--datasets", "vkitti", "--align", "disparity", "--out", tmp_path / "out") == 0
+    expected = numpy_score(pred, depth_m, depth_m < 80, "disparity", 1e-5, 80, "clamp", "pair")
+    found = results(tmp_path / "out")[0]["vkitti"]
+    assert {key: found[key] for key in metrics.SCORES} == pytest.approx(expected, rel=1e-6)
+    assert (found["images"], found["expected_images"]) == (1, 5364)
+    assert set(found["other_alignments"]) == {"sqrt_disparity", "depth"}
+
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", tmp_path / "root/vkitti", "--datasets",
+                "vkitti", "--out", tmp_path / "out") == 0
+    assert results(tmp_path / "out")[0]["vkitti"]["processing_res"] == 0
+    assert "processed at the native size" in capsys.readouterr().out
+
+
+def test_without_arguments_the_miniature_scores_itself(tmp_path, ckpt, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "TRAINED", ckpt)
+    monkeypatch.setattr(embedded, "SCENES", tmp_path / "scenes")
+    monkeypatch.setitem(embedded.FRAMES, "val", 1)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("No --ckpt: scoring the embedded miniature model")
+    assert "1 of 1" in printed.out and "at 192x256" in printed.out
+    assert "(published)" not in printed.out.partition("\n\n")[0]
+    found = results(tmp_path / "evaluation")[0]["miniature"]
+
+    # The same scenes as a set of Hypersim that somebody brings.
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", "scenes", "--out", "again") == 0
+    again = results(tmp_path / "again")[0]["hypersim"]
+    assert again == found
+    published = capsys.readouterr().out.splitlines()[2]
+    assert "(published)" in published and "33.70" in published
+
+
+def test_mistakes_are_one_sentence(world, ckpt, monkeypatch, capsys):
+    for arguments, message in [
+        (["--data", world / "root"], "--data needs --ckpt"),
+        (["--ckpt", ckpt, "--data", world], "holds none of the folders hypersim, vkitti, pairs"),
+        (["--ckpt", ckpt, "--data", world / "nowhere", "--datasets", "pairs"], "nowhere"),
+        (["--ckpt", ckpt, "--datasets", "pairs"], "--datasets pairs needs --data"),
+        (["--ckpt", ckpt, "--data", world / "root", "--datasets", "pairs", "vkitti"],
+         "root/vkitti is not there"),
+        (["--ckpt", ckpt, "--data", world / "root", "--datasets", "hypersim"],
+         "metadata_images_split_scene_v1.csv is missing"),
+    ]:
+        assert call(monkeypatch, *arguments) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ") and message in last, last
+    assert call(monkeypatch, "--datasets", "imagenet") == 2
+    assert call(monkeypatch, "--limit", "0") == 2
+    assert call(monkeypatch, "--ckpt", ckpt, "--predictions", world) == 2
+
+
+def test_sets_are_found_by_their_folders(tmp_path):
+    for name in ("pairs", "hypersim", "something"):
+        (tmp_path / name).mkdir()
+    assert find_benchmarks(tmp_path) == ["hypersim", "pairs"]
+    assert all(0 < each.min_depth < each.max_depth for each in BENCHMARKS.values())
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    script = Path(evaluate.__file__)
+    command = [sys.executable, script, "--ckpt", "nowhere.safetensors", "--data", "."]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: nowhere.safetensors") and result.stderr.count("\n") == 1

@@ -1,0 +1,270 @@
+"""predict.py: what it writes, what it refuses to write, and which pictures it can read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+import predict
+from data.pictures import INVALID_COLOUR, colourise, comparison, font_size
+from extras.pictures import MEANING, read_photograph, with_legend
+from miniature import embedded
+from nets.depthmaster import DepthMaster
+
+TINY = dict(vae=dict(channels=(8, 8, 8, 8), layers=1, groups=4),
+            unet=dict(channels=(16, 16), layers=1, attention=(False, True), heads=(1, 1),
+                      text_width=8, groups=4), train_size=(48, 64), processing_res=64)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+def save_tiny(path, **changes):
+    """A random model of kind stage1 with small networks, as a file."""
+    torch.manual_seed(0)
+    model = DepthMaster(**TINY | changes)
+    model.kind = "stage1"
+    model.save(path)
+    return path
+
+
+def call(monkeypatch, *arguments):
+    """Runs the script in this process: the exit code."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    try:
+        engine.run(predict.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def photo(height, width, channels=3, seed=0):
+    """uint8 noise, smooth enough to survive JPEG."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, channels))
+    return np.kron(coarse, np.ones((8, 8, 1)))[:height, :width].astype(np.uint8)
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
+    inputs, out = tmp_path / "in", tmp_path / "out"
+    (inputs / "deep" / "er").mkdir(parents=True)
+    image = photo(40, 56)
+    iio.imwrite(inputs / "a.png", image)
+    iio.imwrite(inputs / "deep" / "er" / "b.v2.PNG", photo(33, 50, seed=1))
+    (inputs / "deep" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (inputs / "notes.txt").write_text("no picture, not read")
+    (inputs / "._a.png").write_bytes(b"what macOS puts beside a.png, not read")
+    assert call(monkeypatch, inputs, "--ckpt", ckpt, "--out", out) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "broken.jpg" in printed.err and "error: 1 of 3 pictures" in printed.err
+    names = ["a", "deep/er/b.v2"]
+    assert set(files_in(out)) == {f"{name}{ending}" for name in names
+                                  for ending in (".npy", ".png", "_color.png")}
+
+    near = np.load(out / "a.npy")
+    expected = DepthMaster.from_file(ckpt).for_inference().predict(image)
+    assert near.dtype == np.float32 and near.shape == (40, 56)
+    np.testing.assert_array_equal(near, expected)
+    assert 0 <= near.min() < near.max() <= 1
+    sixteen = iio.imread(out / "a.png")
+    assert sixteen.dtype == np.uint16
+    np.testing.assert_array_equal(sixteen, np.round(65535 * near.astype(np.float64)))
+    assert Image.open(out / "a.png").info["Description"] == MEANING
+    assert Image.open(out / "a_color.png").info["Description"] == MEANING
+    np.testing.assert_array_equal(iio.imread(out / "a_color.png")[:40, :56], colourise(near))
+
+
+def test_options_reach_the_model(tmp_path, ckpt, monkeypatch):
+    image = photo(48, 80)
+    iio.imwrite(tmp_path / "a.png", image)
+    assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out",
+                "--processing-res", 0, "--save", "npy", "--precision", "bfloat16") == 0
+    assert set(files_in(tmp_path / "out")) == {"a.npy"}
+    model = DepthMaster.from_file(ckpt).for_inference(precision="bfloat16")
+    near = np.load(tmp_path / "out" / "a.npy")
+    np.testing.assert_array_equal(near, model.predict(image, 0))
+    assert not np.array_equal(near, model.predict(image))
+
+
+@pytest.mark.parametrize("names, out, message", [
+    (["a.png"], ".", "would be written over the input"),
+    (["a.jpg", "a.png"], "out", "would both be written as a"),
+    (["a.jpg", "a_color.jpg"], "out", "would be written over the result for"),
+], ids=["input", "same stem", "colour of one is depth of the other"])
+def test_nothing_is_ever_written_over(names, out, message, tmp_path, ckpt, monkeypatch, capsys):
+    for seed, name in enumerate(names):
+        iio.imwrite(tmp_path / name, photo(24, 32, seed=seed))
+    before = files_in(tmp_path)
+    assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--out", tmp_path / out) == 1
+    assert message in capsys.readouterr().err
+    assert files_in(tmp_path) == before
+
+
+def test_two_folders_with_the_same_relative_path(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        iio.imwrite(tmp_path / folder / "a.png", photo(16, 16))
+    with pytest.raises(ValueError, match=r"x/a.png and .*y/a.png would both be written as a"):
+        predict.find_pictures([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
+    both = predict.find_pictures([tmp_path], tmp_path / "out")
+    assert list(both) == [os.path.join("x", "a"), os.path.join("y", "a")]
+    twice = predict.find_pictures([tmp_path / "x", tmp_path / "x" / "a.png"], tmp_path / "out")
+    assert list(twice) == ["a"]
+
+
+def test_earlier_results_in_the_folder_are_not_inputs(tmp_path, ckpt, monkeypatch, capsys):
+    iio.imwrite(tmp_path / "a.jpg", photo(24, 32))
+    for _ in range(2):
+        assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--out", tmp_path / "predictions") == 0
+    assert len(files_in(tmp_path)) == 4
+    assert "3 files of an earlier run were replaced" in capsys.readouterr().err
+
+
+def test_missing_and_empty_inputs(tmp_path, ckpt, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path / "nowhere", "--ckpt", ckpt) == 1
+    assert "nowhere is not there" in capsys.readouterr().err
+    assert call(monkeypatch, tmp_path, "--ckpt", ckpt) == 1
+    assert "holds no picture" in capsys.readouterr().err
+    assert call(monkeypatch, "--save", "exr") == 2
+
+
+def test_without_arguments_it_predicts_scenes_of_the_miniature(tmp_path, ckpt, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "TRAINED", ckpt)
+    monkeypatch.setattr(embedded, "SCENES", tmp_path / "scenes")
+    monkeypatch.setitem(embedded.FRAMES, "val", 1)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch) == 0
+    assert capsys.readouterr().err.startswith("No --ckpt: predicting with the embedded miniature")
+    assert np.load("predictions/room_3.npy").shape == (192, 256)
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("RGB", [10, 20, 30]), ("RGBA", [10, 20, 30]), ("L", [10, 10, 10]), ("LA", [10, 10, 10]),
+    ("I;16", [10, 10, 10]), ("1", [255, 255, 255]), ("P", [10, 20, 30]),
+])
+def test_every_kind_of_picture_becomes_rgb(mode, expected, tmp_path):
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((5, 7), 10 * 257 + 100, np.uint16))
+    elif mode == "P":
+        picture = Image.new("RGB", (7, 5), (10, 20, 30)).quantize(4)
+    else:
+        picture = Image.new(mode, (7, 5), {"RGBA": (10, 20, 30, 40), "LA": (10, 40), "L": 10,
+                                           "1": 1}.get(mode, (10, 20, 30)))
+    picture.save(tmp_path / "a.png")
+    image = read_photograph(tmp_path / "a.png")
+    assert image.dtype == np.uint8 and image.shape == (5, 7, 3)
+    np.testing.assert_array_equal(image, np.broadcast_to(expected, (5, 7, 3)))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = photo(16, 24)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise to show
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_photograph(tmp_path / "a.png"), np.rot90(image, -1))
+
+
+def test_truncated_and_floating_point_pictures_are_named(tmp_path):
+    iio.imwrite(tmp_path / "a.png", photo(64, 64))
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "c.tiff")
+    for name in ("b.png", "c.tiff"):
+        with pytest.raises(ValueError, match=name):
+            read_photograph(tmp_path / name)
+
+
+def test_other_targets_become_square_root_disparity():
+    depth_m = np.linspace(1, 10, 50).reshape(5, 10)  # the assumed ratio of far to near
+    expected = (depth_m**-0.5 - 10**-0.5) / (1 - 10**-0.5)
+    as_depth, as_disparity = (depth_m - 1) / 9, (1 / depth_m - 0.1) / 0.9
+    np.testing.assert_allclose(predict.to_sqrt_disparity(as_depth, "depth"), expected, atol=1e-6)
+    found = predict.to_sqrt_disparity(as_disparity, "disparity")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert predict.to_sqrt_disparity(expected, "sqrt_disparity") is expected
+
+
+def test_models_of_another_target_are_converted_and_say_so(tmp_path, monkeypatch, capsys):
+    ckpt = save_tiny(tmp_path / "depth.safetensors", target="depth")
+    image = photo(24, 32)
+    iio.imwrite(tmp_path / "a.png", image)
+    assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out") == 0
+    assert "predicts depth: converted" in capsys.readouterr().err
+    depth = DepthMaster.from_file(ckpt).for_inference().predict(image)
+    near = np.load(tmp_path / "out" / "a.npy")
+    assert near.dtype == np.float32
+    np.testing.assert_allclose(near, predict.to_sqrt_disparity(depth, "depth"), atol=1e-7)
+
+
+def test_overflow_in_half_precision_is_repeated_in_float32(ckpt, monkeypatch, capsys):
+    model = DepthMaster.from_file(ckpt).for_inference(precision="float16")
+    genuine = DepthMaster.predict
+
+    def overflowing(self, image, processing_res=None):
+        if self.unet.conv_in.weight.dtype == torch.float16:
+            return np.full(image.shape[:2], np.nan, np.float32)
+        return genuine(self, image, processing_res)
+
+    monkeypatch.setattr(DepthMaster, "predict", overflowing)
+    near = predict.predict(model, photo(24, 32), None)
+    assert near.shape == (24, 32) and np.isfinite(near).all()
+    assert "going on in float32" in capsys.readouterr().err
+    monkeypatch.setattr(DepthMaster, "predict", lambda *_: np.full((2, 2), np.nan, np.float32))
+    with pytest.raises(ValueError, match="not finite"):
+        predict.predict(model, photo(24, 32), None)
+
+
+@pytest.mark.parametrize("height, width", [(192, 256), (30, 20), (300, 2000)])
+def test_the_legend_leaves_the_picture_alone_and_runs_from_far_to_near(height, width):
+    near = np.linspace(0, 1, height * width).reshape(height, width)
+    picture = with_legend(near)
+    np.testing.assert_array_equal(picture[:height, :width], colourise(near))
+    legend = picture[height:]
+    assert legend.shape[0] >= 22 and legend.shape[1] >= 100  # room for readable words
+    coloured = legend[legend.shape[0] // 3]  # a line through the bar: words, colours, words
+    left = (coloured == colourise(np.zeros((1, 1)))[0, 0]).all(axis=1).nonzero()[0]
+    right = (coloured == colourise(np.ones((1, 1)))[0, 0]).all(axis=1).nonzero()[0]
+    assert 0 < left.min() <= left.max() < right.min() <= right.max() < width or width < 100
+    letters = (legend[: 2 * font_size(width)].max(axis=2) < 60).any(axis=0).nonzero()[0]
+    first, second = letters[letters < left.min()], letters[letters > right.max()]
+    assert 0 < np.ptp(first) < np.ptp(second)  # "far" is shorter than "near"
+
+
+def test_colours_and_panels():
+    found = colourise(np.array([[0.0, 1.0, np.nan]]))
+    assert found[0, 0, 2] > found[0, 0, 0] and found[0, 1, 0] > found[0, 1, 2]  # far blue, near red
+    assert tuple(found[0, 2]) == INVALID_COLOUR
+    depth_m = np.linspace(1, 9, 40 * 60).reshape(40, 60)
+    valid = np.ones((40, 60), bool)
+    valid[10:20, 10:20] = False
+    depth_m[~valid] = 0
+    image = photo(40, 60)
+    panel = comparison(image, depth_m, np.where(valid, depth_m, 5), valid)
+    assert panel.dtype == np.uint8 and panel.shape[1:] == (240, 3)
+    shown, truth, prediction, error = np.split(panel[-40:], 4, axis=1)
+    np.testing.assert_array_equal(shown, image)
+    np.testing.assert_array_equal(truth[valid], prediction[valid])
+    assert (truth[~valid] == INVALID_COLOUR).all() and (error[~valid] == INVALID_COLOUR).all()
+    assert (error[valid] == error[0, 0]).all() and not (prediction[~valid] == INVALID_COLOUR).all()
+
+
+def test_a_mistake_is_one_sentence(tmp_path):
+    script = Path(predict.__file__)
+    result = subprocess.run([sys.executable, script, tmp_path, "--ckpt", "nowhere.safetensors"],
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
