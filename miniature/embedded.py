@@ -1,0 +1,62 @@
+"""What the scripts fall back to when they are called with neither weights nor data.
+
+The small models in weights/, and scenes that are rendered into miniature/scenes when first needed.
+"""
+
+from pathlib import Path
+
+import engine
+from miniature import render
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+SD2 = WEIGHTS / "miniature_sd2.safetensors"
+DINOV2 = WEIGHTS / "miniature_dinov2.safetensors"
+TRAINED = WEIGHTS / "miniature.safetensors"
+SCENES = Path(__file__).resolve().parent / "scenes"
+FRAMES = dict(train=1000, val=48, streets_train=100, streets_val=8)
+
+# A run of minutes on two cores in place of the paper's days.
+STAGE1 = dict(steps=700, batch=8, micro_batch=8, lr=1e-3, warmup=50, decay_steps=1000,
+              vkitti_crop=(96, 336), validate_every=350, save_every=350)
+
+
+def scenes():
+    """Renders the scenes that are absent; returns the folder that holds hypersim/ and vkitti/."""
+    render.ensure(SCENES, **FRAMES)
+    return SCENES
+
+
+def training_data(data, vkitti):
+    """(data, vkitti) as given, or the embedded scenes if neither was."""
+    if data or vkitti:
+        return data, vkitti
+    engine.say(f"No --data: training on the embedded scenes in {SCENES}.")
+    return scenes() / "hypersim", scenes() / "vkitti"
+
+
+def base_weights(data_given, sd2):
+    """The file to start stage 1 from: as given, SD2's if there, the miniature's without data."""
+    if sd2:
+        return sd2
+    official = Path("weights/sd2.safetensors")
+    if data_given and not official.exists():
+        raise FileNotFoundError(
+            f"{official} is not there: get Stable Diffusion 2's weights (README, \"Weights\"), run "
+            "python convert_sd2.py FOLDER, or try --sd2 weights/miniature_sd2.safetensors.")
+    if not data_given:
+        engine.say(f"No --sd2: starting from the embedded miniature, {SD2.name}.")
+    return official if data_given else SD2
+
+
+def teacher_weights(sd2, dinov2):
+    """The encoder to align with: as given, else ViT-g, or the miniature's beside the miniature."""
+    if dinov2:
+        return dinov2
+    if Path(sd2).resolve() == SD2:
+        return DINOV2
+    official = Path("weights/dinov2_vitg14.safetensors")
+    if not official.exists():
+        raise FileNotFoundError(
+            f"{official} is not there: get DINOv2's weights (README, \"Weights\"), run python "
+            "convert_sd2.py FILE, or train without the encoder (--align-weight 0).")
+    return official
