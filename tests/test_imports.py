@@ -1,0 +1,81 @@
+"""Which file may import which: arrows go down only, and importing a file does nothing."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"train_stage1", "train_stage2", "convert_sd2", "evaluate", "predict"}
+PACKAGES = {"nets", "losses", "data", "miniature", "extras", "engine", "metrics", "validation"}
+# What each part may import of the project and of the heavier libraries.
+ALLOWED = {
+    "nets": {"nets"},
+    "losses": {"losses"},
+    "data": {"data"},
+    "metrics": {"data"},
+    "engine": set(),
+    "validation": {"data", "metrics"},
+    "miniature": PACKAGES - {"extras"},
+    "extras": {"extras", "data"},
+}
+COMMANDS = {"data/prepare_hypersim.py", "data/make_pairs.py"}  # run as python -m
+FORBIDDEN = {"diffusers", "transformers", "torchvision", "cv2", "timm", "scipy"}
+
+
+def files():
+    return [path for folder in (".", "nets", "losses", "data", "miniature", "extras")
+            for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def imported(path):
+    """First words of what a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path):
+    names = set(imported(path))
+    part = path.parent.name if path.parent != ROOT else path.stem
+    assert not names & FORBIDDEN
+    assert not names & SCRIPTS, "scripts are not imported"
+    if path.relative_to(ROOT).as_posix() in COMMANDS:
+        names.discard("engine")  # for engine.run
+    if part in ALLOWED:
+        assert names & PACKAGES <= ALLOWED[part]
+    if part in ("nets", "losses"):
+        libraries = {"torch", "numpy", "einops", "safetensors"}
+        assert names <= {part} | libraries | sys.stdlib_module_names
+
+
+def test_core_does_not_import_extras():
+    for path in files():
+        if path.parent.name != "extras" and path.stem != "predict":
+            assert "extras" not in set(imported(path)), path
+
+
+def test_engine_knows_nothing_of_depth():
+    assert "depth" not in (ROOT / "engine.py").read_text().lower()
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_importing_does_nothing(path):
+    """At the top level: imports, definitions, constants and the call of main, nothing else."""
+    for node in ast.parse(path.read_text()).body:
+        main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        words = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign,
+                 ast.AnnAssign)
+        assert main or words or isinstance(node, kinds), ast.unparse(node)
+
+
+def test_lines_fit():
+    for path in files() + sorted((ROOT / "tests").rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            assert len(line) <= 100, f"{path}:{number} has {len(line)} characters"

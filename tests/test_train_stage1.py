@@ -1,0 +1,202 @@
+"""train_stage1.py from end to end, on networks of a few thousand parameters and a folder of pairs."""
+
+import json
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import engine
+import train_stage1
+from losses.alignment import feature_alignment_loss, resize_tokens, teacher_image
+from losses.latent import latent_loss
+from nets import checkpoint
+from nets.depthmaster import DepthMaster
+from nets.dinov2 import DINOv2
+
+VAE = dict(channels=(8, 8, 8, 16), layers=1, groups=4)
+UNET = dict(channels=(8, 16), layers=1, attention=(False, True), heads=(1, 2), text_width=6,
+            groups=4)
+VIT = dict(width=12, depth=1, heads=2, swiglu=False, grid=4)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with sd2.safetensors, dinov2.safetensors and pairs/ (train and val)."""
+    folder = tmp_path_factory.mktemp("stage1")
+    torch.manual_seed(0)
+    model = DepthMaster(vae=VAE, unet=UNET, train_size=(32, 48), processing_res=48)
+    model.unet.text_embedding.normal_()
+    model.save(folder / "sd2.safetensors")
+    checkpoint.save(folder / "dinov2.safetensors", DINOv2(**VIT).state_dict(),
+                    dict(kind="dinov2", config=VIT, sources=[], licence=""))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for kind in ("rgb", "depth"):
+            (folder / "pairs" / split / kind).mkdir(parents=True)
+        for number in range(count):
+            depth_m = np.linspace(1, 5 + number, 40)[:, None] + rng.random((40, 60))
+            image = (255 * np.stack([depth_m / 16, rng.random((40, 60)), depth_m / 20], -1))
+            iio.imwrite(folder / f"pairs/{split}/rgb/{number}.png", image.astype(np.uint8))
+            np.save(folder / f"pairs/{split}/depth/{number}.npy", depth_m.astype(np.float32))
+    return folder
+
+
+def train(monkeypatch, files, out, *options):
+    """Runs the script's main() with tiny settings; a later option overrides an earlier one."""
+    command = ["train_stage1.py", "--sd2", files / "sd2.safetensors", "--dinov2",
+               files / "dinov2.safetensors", "--data", files / "pairs", "--out", out, "--batch", 4,
+               "--micro-batch", 2, "--workers", 0, "--steps", 4, "--warmup", 2, "--lr", 1e-3,
+               "--log-every", 1, "--validate-every", 2, "--validate-images", 2, "--save-every", 2,
+               "--device", "cpu", *options]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    train_stage1.main()
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
+    rows = train(monkeypatch, files, tmp_path)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        assert set(row) == {"step", "loss", "latent", "alignment", "lr", "samples_per_second"}
+        assert row["loss"] == pytest.approx(row["latent"] + row["alignment"], rel=1e-6)
+    assert [row["lr"] for row in steps[:3]] == [0, 0.5e-3, 1e-3]
+    validated = [row for row in rows if "validation" in row]
+    assert [row["step"] for row in validated] == [2, 4]
+    assert 0 < validated[0]["validation"]["abs_rel"] < 1
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["000002.png", "000004.png"]
+    model = DepthMaster.from_file(tmp_path / "model.safetensors")
+    assert (model.kind, model.target, model.train_size) == ("stage1", "sqrt_disparity", (32, 48))
+    before = DepthMaster.from_file(files / "sd2.safetensors")
+    assert not torch.equal(model.unet.conv_in.weight, before.unet.conv_in.weight)
+    for name, weight in before.vae.state_dict().items():
+        assert torch.equal(model.vae.state_dict()[name], weight), f"{name} should be frozen"
+
+
+def test_the_loss_falls(files, tmp_path, monkeypatch):
+    rows = train(monkeypatch, files, tmp_path, "--steps", 60, "--lr", 3e-3, "--log-every", 10,
+                 "--validate-every", 99)
+    losses = [row["latent"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("interrupted", [2, 3])
+def test_a_resumed_run_is_the_same_to_the_bit(files, tmp_path, monkeypatch, interrupted):
+    train(monkeypatch, files, tmp_path / "whole")
+    original = engine.optimizer_step
+    calls = iter(range(interrupted))
+
+    def killed(*arguments):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "optimizer_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, files, tmp_path / "cut")
+    monkeypatch.setattr(engine, "optimizer_step", original)
+    rows = train(monkeypatch, files, tmp_path / "cut")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_the_micro_batch_does_not_change_the_result(files, tmp_path, monkeypatch):
+    one = train(monkeypatch, files, tmp_path / "1", "--micro-batch", 1)
+    four = train(monkeypatch, files, tmp_path / "4", "--micro-batch", 4, "--workers", 2)
+    for a, b in zip(one, four):
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_checkpointed_activations_do_not_change_the_result(files, tmp_path, monkeypatch):
+    plain = train(monkeypatch, files, tmp_path / "plain")
+    recomputed = train(monkeypatch, files, tmp_path / "recomputed", "--checkpoint-activations")
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, recomputed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("place, channels", [("down1", 8), ("down2", 16), ("mid", 16)])
+def test_the_objective_against_its_parts(files, place, channels):
+    """`Stage1` is the sum of what the paper says, put together here by hand."""
+    model = DepthMaster.from_file(files / "sd2.safetensors")
+    teacher = DINOv2.from_file(files / "dinov2.safetensors")
+    torch.manual_seed(1)
+    objective = train_stage1.Stage1(model, teacher, place, "kl")
+    assert objective.adapter[0].in_features == channels
+    batch = dict(image=torch.randint(256, (2, 3, 32, 48), dtype=torch.uint8),
+                 target=torch.rand(2, 1, 32, 48) * 2 - 1, valid=torch.rand(2, 1, 32, 48) > 0.005)
+    losses = objective(batch)
+
+    image = batch["image"] / 127.5 - 1
+    z, feature = model.unet(model.vae.encode(image), place)
+    z_target = model.vae.encode(batch["target"].repeat(1, 3, 1, 1))
+    torch.testing.assert_close(losses["latent"], latent_loss(z, z_target, batch["valid"]))
+    tokens = resize_tokens(teacher(teacher_image(image)), (2, 3), feature.shape[2:])
+    adapted = objective.adapter(feature.permute(0, 2, 3, 1).reshape(2, -1, channels))
+    torch.testing.assert_close(losses["alignment"], feature_alignment_loss(adapted, tokens))
+
+
+def test_only_unet_and_adapter_get_gradients(files):
+    model = DepthMaster.from_file(files / "sd2.safetensors")
+    teacher = DINOv2.from_file(files / "dinov2.safetensors")
+    objective = train_stage1.Stage1(model, teacher, "mid", "kl")
+    batch = dict(image=torch.randint(256, (1, 3, 32, 48), dtype=torch.uint8),
+                 target=torch.rand(1, 1, 32, 48), valid=torch.ones(1, 1, 32, 48, dtype=torch.bool))
+    sum(loss.sum() for loss in objective(batch).values()).backward()
+    for name, parameter in objective.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(("unet.", "adapter.")), name
+
+
+@pytest.mark.parametrize("options, kind, words", [
+    (["--target", "depth"], "depth", {"latent", "alignment"}),
+    (["--align-weight", "0"], "sqrt_disparity", {"latent"}),
+    (["--align-loss", "cosine", "--align-at", "down1"], "sqrt_disparity", {"latent", "alignment"}),
+    (["--rgb-resize", "antialias", "--size", "24", "40"], "sqrt_disparity",
+     {"latent", "alignment"}),
+    (["--precision", "bfloat16"], "sqrt_disparity", {"latent", "alignment"}),
+])
+def test_the_ablations_run(files, tmp_path, monkeypatch, options, kind, words):
+    rows = train(monkeypatch, files, tmp_path, "--steps", 2, *options)
+    named = {"loss", "step", "lr", "samples_per_second"}
+    assert set(rows[0]) - named == words
+    assert DepthMaster.from_file(tmp_path / "model.safetensors").target == kind
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--sd2", "dinov2.safetensors"], "holds a dinov2 model"),
+    (["--dinov2", "sd2.safetensors"], "holds a sd2 model"),
+    (["--size", "4", "4"], "too small"),
+])
+def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
+    options = [files / word if word.endswith("tensors") else word for word in options]
+    with pytest.raises((ValueError, OSError), match=words):
+        train(monkeypatch, files, tmp_path / "run", *options)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_empty_folder_is_told(files, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="is empty"):
+        train(monkeypatch, files, tmp_path / "run", "--data", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("option", ["--batch", "--micro-batch", "--steps"])
+def test_a_count_of_zero_is_a_wrong_option(files, tmp_path, monkeypatch, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, files, tmp_path, option, 0)
+    assert stopped.value.code == 2
+    assert "above 0, not 0" in capsys.readouterr().err
+
+
+def test_real_data_without_weights_says_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train_stage1.py", "--data", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(FileNotFoundError, match="weights/miniature_sd2.safetensors"):
+        train_stage1.main()

@@ -1,0 +1,157 @@
+"""Stage 1: the U-Net learns to regress the depth latent, its features aligned with DINOv2's.
+
+DepthMaster, arXiv 2501.02576, section III-B, Eq. 3-5 and 9. The U-Net (from Stable Diffusion 2) and
+a small adapter train; the autoencoder, the text and DINOv2 are frozen.
+
+    python train_stage1.py --data /hypersim [--vkitti /vkitti2]
+    torchrun --nproc_per_node 8 train_stage1.py --data /hypersim        # the same, on 8 GPUs
+
+The same command again resumes. Without --data and --sd2 it trains the embedded miniature.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import engine
+from data.sampler import StepBatchSampler
+from data.training import add_data_options, open_held_out, open_training_set, read_batches
+from data.transforms import TARGETS
+from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
+from losses.latent import latent_loss
+from miniature import embedded
+from nets.depthmaster import DepthMaster
+from nets.dinov2 import DINOv2
+from validation import validate
+
+
+class Stage1(nn.Module):
+    """The objective: a batch -> {"latent": B, "alignment": B}, before weighting (Eq. 9)."""
+
+    def __init__(self, model, teacher, align_at, align_loss):
+        super().__init__()
+        self.unet = model.unet
+        self.vae = model.vae.requires_grad_(False)
+        self.teacher, self.adapter = None, None
+        self.align_at, self.align_loss = align_at, align_loss
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False)
+            self.adapter = FeatureAdapter(self.unet.feature_channels(align_at), teacher.width)
+
+    def forward(self, batch):
+        """batch: image uint8 B,3,H,W; target B,1,H,W in [-1,1]; valid bool B,1,H,W."""
+        image = batch["image"].float() / 127.5 - 1
+        with torch.no_grad():
+            z_image = self.vae.encode(image)
+            z_target = self.vae.encode(batch["target"].expand(-1, 3, -1, -1))
+        z_pred, feature = self.unet(z_image, self.align_at)  # B,4,h,w and B,C,h',w'
+        losses = {"latent": latent_loss(z_pred, z_target, batch["valid"])}
+        if self.teacher is not None:
+            adapted = self.adapter(feature.flatten(2).transpose(1, 2))  # B,N,D
+            target = self.teacher_tokens(image, feature.shape[2:])
+            losses["alignment"] = feature_alignment_loss(adapted, target, self.align_loss)
+        return losses
+
+    @torch.no_grad()
+    def teacher_tokens(self, image, size):
+        """The encoder's tokens of the image at the aligned feature's size: B,h'*w',D."""
+        image = teacher_image(image)
+        grid = [side // self.teacher.patch for side in image.shape[2:]]
+        tokens = self.teacher(image.to(self.teacher.norm.weight.dtype))
+        return resize_tokens(tokens, grid, size)
+
+
+def options():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("stage 1").add_argument
+    add("--sd2", type=Path, help="weights to start from (weights/sd2.safetensors)")
+    add("--dinov2", type=Path, help="encoder to align with (weights/dinov2_vitg14.safetensors)")
+    add("--out", type=Path, default=Path("runs/stage1"), help="run folder (%(default)s)")
+    add("--target", choices=TARGETS, default="sqrt_disparity", help="to regress, Table III "
+        "(%(default)s)")
+    add("--align-at", choices=["down1", "down2", "mid"], default="mid", help="Table V (mid)")
+    add("--align-loss", choices=["kl", "cosine"], default="kl", help="(%(default)s)")
+    add("--align-weight", type=float, default=1.0, help="0: no encoder, Table IV (%(default)s)")
+    add_data_options(parser)
+    engine.add_training_options(parser, steps=20_000, lr=3e-5)
+    args = parser.parse_args()
+    if not (args.data or args.vkitti or args.sd2):
+        parser.set_defaults(**embedded.STAGE1)  # minutes, not days
+        args = parser.parse_args()
+    return args
+
+
+def main():
+    args = options()
+    ranks = engine.start(args.device)
+    dtype = engine.training_dtype(args.precision, ranks.device)
+    torch.manual_seed(args.seed)
+
+    sd2 = embedded.base_weights(args.data or args.vkitti, args.sd2)
+    model = DepthMaster.from_file(sd2)
+    model.become("stage1", args.target, args.size)
+    teacher = None
+    if args.align_weight:
+        teacher = DINOv2.from_file(embedded.teacher_weights(sd2, args.dinov2), dtype=dtype)
+    objective = Stage1(model, teacher, args.align_at, args.align_loss).to(ranks.device)
+    objective.unet.checkpoint_activations = args.checkpoint_activations
+    weights = {"latent": 1.0} | ({"alignment": args.align_weight} if teacher else {})
+    trained = nn.ModuleDict({"unet": objective.unet})
+    if teacher:
+        trained["adapter"] = objective.adapter
+    optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True)
+
+    data, vkitti = embedded.training_data(args.data, args.vkitti)
+    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop,
+                                     args.depth_scale, args.target, args.seed, args.batch,
+                                     args.rgb_resize)
+    held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
+    state = engine.open_run(args.out, engine.decisive(vars(args)), ranks)
+    first = 0
+    if state:
+        trained.load_state_dict(state["trained"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        engine.say(f"Resuming {args.out} at step {first} of {args.steps}.")
+    if args.compile:
+        objective.unet.compile()
+
+    def save(step):
+        engine.save_state(args.out, {"step": step, "trained": trained.state_dict(),
+                                     "optimizer": optimizer.state_dict()})
+        model.save(args.out / "model.safetensors")
+
+    def check(step):
+        picture = args.out / "pictures" / f"{step:06d}.png"
+        scores = validate(model, held_out, args.validate_images, dtype, picture)
+        log.write({"step": step, "validation": scores})
+        engine.say(f"Step {step}: AbsRel {scores['abs_rel']:.3f}, delta1 {scores['delta1']:.3f}, "
+                   f"boundary F1 {scores['boundary_f1']:.3f} on held-out images; see {picture}.")
+
+    log = engine.Log(args.out, first, ranks)
+    sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
+                               training_set.sizes, first, args.steps, ranks.rank, ranks.world)
+    batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
+                           engine.say(f"Replaced a bad sample: {reason}"))
+    runner = engine.parallel(objective, ranks)
+    progress = engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks)
+    for step in range(first, args.steps):
+        rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
+        engine.set_learning_rate(optimizer, rate)
+        losses = engine.optimizer_step(runner, batches, sampler.micro_batch_count(step),
+                                       args.batch, weights, optimizer, ranks, dtype)
+        done = step + 1
+        progress.report(done, losses, rate)
+        if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
+            check(done)
+        if ranks.first and (done == args.steps or done % args.save_every == 0):
+            save(done)
+    progress.close()
+    engine.stop()
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,51 @@
+"""Scores and pictures of held-out samples while a stage trains."""
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+
+from data.pictures import comparison
+from metrics import align, evaluate_dataset, mean_scores
+
+# What predictions of Hypersim's and of unknown scenes are clipped to, in metres.
+MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 65.0
+SHOWN = 4  # images on a picture
+
+
+def validate(model, reader, images, dtype, picture=None):
+    """Mean scores {name: float} of `images` samples spread over the reader.
+
+    model: a DepthMaster; dtype: autocast's. picture: a file for the first few samples, one row
+    each: image, truth, prediction, error.
+    """
+    rows = []
+    device = model.unet.conv_in.weight.device
+
+    def predict(sample):
+        image = sample["image"].permute(1, 2, 0).numpy()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            prediction = torch.from_numpy(model.predict(image))
+        if len(rows) < SHOWN:
+            depth_m, valid = sample["depth"][0], sample["valid"][0]
+            aligned = align(prediction, depth_m, valid, model.target)
+            aligned = aligned.clamp(MIN_DEPTH_M, MAX_DEPTH_M)
+            rows.append(comparison(image, depth_m.numpy(), aligned.numpy(), valid.numpy()))
+        return prediction
+
+    was_training = model.training
+    model.eval()
+    indices = sorted({int(i) for i in np.linspace(0, len(reader) - 1, images)})
+    scored = [row.scores[model.target] for row in evaluate_dataset(
+        predict, reader, [model.target], MIN_DEPTH_M, MAX_DEPTH_M, indices=indices,
+        on_bad=lambda name, reason: None)]
+    model.train(was_training)
+    if picture and rows:
+        Path(picture).parent.mkdir(parents=True, exist_ok=True)
+        same = [row for row in rows if row.shape == rows[0].shape]
+        iio.imwrite(picture, np.concatenate(same))
+    if not scored:
+        raise ValueError("none of the validation samples can be used: look at them with "
+                         "python evaluate.py.")
+    return mean_scores(scored)
