@@ -71,10 +71,16 @@ def start(device="auto"):
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
-def stop():
-    """Leaves the job cleanly."""
+def wait():
+    """Until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def stop():
+    """Leaves the job cleanly."""
+    wait()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 import engine
+from data.cache import CachedTrainingSet, fill, fingerprint
 from data.sampler import StepBatchSampler
 from data.training import add_data_options, open_held_out, open_training_set, read_batches
 from data.transforms import TARGETS
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
-from losses.latent import latent_loss
+from losses.latent import cells_to_pixels, latent_loss, valid_cells
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
@@ -41,18 +42,30 @@ class Stage1(nn.Module):
             self.adapter = FeatureAdapter(self.unet.feature_channels(align_at), teacher.width)
 
     def forward(self, batch):
-        """batch: image uint8 B,3,H,W; target B,1,H,W in [-1,1]; valid bool B,1,H,W."""
-        image = batch["image"].float() / 127.5 - 1
-        with torch.no_grad():
-            z_image = self.vae.encode(image)
-            z_target = self.vae.encode(batch["target"].expand(-1, 3, -1, -1))
-        z_pred, feature = self.unet(z_image, self.align_at)  # B,4,h,w and B,C,h',w'
-        losses = {"latent": latent_loss(z_pred, z_target, batch["valid"])}
+        """batch: what the readers give, or what `frozen` made of it."""
+        fixed = batch if "z_image" in batch else self.frozen(batch)
+        z_pred, feature = self.unet(fixed["z_image"].float(), self.align_at)  # B,4,h,w; B,C,h',w'
+        valid = cells_to_pixels(fixed["cells"])
+        losses = {"latent": latent_loss(z_pred, fixed["z_target"], valid)}
         if self.teacher is not None:
             adapted = self.adapter(feature.flatten(2).transpose(1, 2))  # B,N,D
-            target = self.teacher_tokens(image, feature.shape[2:])
-            losses["alignment"] = feature_alignment_loss(adapted, target, self.align_loss)
+            losses["alignment"] = feature_alignment_loss(adapted, fixed["tokens"], self.align_loss)
         return losses
+
+    @torch.no_grad()
+    def frozen(self, batch):
+        """What the frozen networks say, the same each time a sample comes.
+
+        batch: image uint8 B,3,H,W; target B,1,H,W in [-1,1]; valid bool B,1,H,W ->
+        z_image, z_target B,4,h,w; cells B,1,h,w; tokens B,N,D at the aligned feature's size.
+        """
+        image = batch["image"].float() / 127.5 - 1
+        fixed = {"z_image": self.vae.encode(image), "cells": valid_cells(batch["valid"]),
+                 "z_target": self.vae.encode(batch["target"].expand(-1, 3, -1, -1))}
+        if self.teacher is not None:
+            size = self.unet.feature_size(fixed["z_image"].shape[2:], self.align_at)
+            fixed["tokens"] = self.teacher_tokens(image, size)
+        return fixed
 
     @torch.no_grad()
     def teacher_tokens(self, image, size):
@@ -75,6 +88,9 @@ def options():
     add("--align-at", choices=["down1", "down2", "mid"], default="mid", help="Table V (mid)")
     add("--align-loss", choices=["kl", "cosine"], default="kl", help="(%(default)s)")
     add("--align-weight", type=float, default=1.0, help="0: no encoder, Table IV (%(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="keep the frozen networks' outputs here")
+    add("--cache-precision", choices=["float16", "float32"], default="float16",
+        help="of what is kept (%(default)s)")
     add_data_options(parser)
     engine.add_training_options(parser, steps=20_000, lr=3e-5)
     args = parser.parse_args()
@@ -95,7 +111,8 @@ def main():
     model.become("stage1", args.target, args.size)
     teacher = None
     if args.align_weight:
-        teacher = DINOv2.from_file(embedded.teacher_weights(sd2, args.dinov2), dtype=dtype)
+        dinov2 = embedded.teacher_weights(sd2, args.dinov2)
+        teacher = DINOv2.from_file(dinov2, dtype=dtype)
     objective = Stage1(model, teacher, args.align_at, args.align_loss).to(ranks.device)
     objective.unet.checkpoint_activations = args.checkpoint_activations
     weights = {"latent": 1.0} | ({"alignment": args.align_weight} if teacher else {})
@@ -116,6 +133,18 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
         engine.say(f"Resuming {args.out} at step {first} of {args.steps}.")
+    if args.cache:
+        what = {name: str(getattr(args, name)) for name in
+                ("align_at", "target", "rgb_resize", "cache_precision", "depth_scale")}
+        what |= dict(roots=[str(source.root.resolve()) for source in training_set.sources],
+                     sizes=training_set.sizes, precision=str(dtype))
+        name = fingerprint(what, [sd2, dinov2] if teacher else [sd2])
+        training_set = CachedTrainingSet(training_set, args.cache / name)
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            fill(training_set,
+                 lambda batch: objective.frozen(engine.to_device(batch, ranks.device)),
+                 getattr(torch, args.cache_precision), args.workers, ranks.rank, ranks.world)
+        engine.wait()
     if args.compile:
         objective.unet.compile()
 

@@ -72,7 +72,7 @@ class TrainingSet(Dataset):
         for entry in range(k, k + MAX_REPLACEMENTS):
             index = shuffled_index(self.seed, number, len(source), entry)
             try:
-                sample = self._prepare(source[index], self.sizes[number], flips[place])
+                sample = self.prepared(number, index, flips[place])
             except BadSample as error:
                 filtered = isinstance(error, FilteredSample)
                 replaced.append(Replaced(source.name(index), str(error), filtered))
@@ -82,8 +82,9 @@ class TrainingSet(Dataset):
                          f"last being {replaced[-1].name} ({replaced[-1].reason.rstrip('.')}); "
                          "check the data set.")
 
-    def _prepare(self, sample, size, flip):
-        """A reader's sample -> image, target and valid of the size, and the name."""
+    def prepared(self, number, index, flip):
+        """Image, target and valid of a sample of source `number`, and its name."""
+        sample, size = self.sources[number][index], self.sizes[number]
         # Quantiles are those of the full resolution, so the target comes before the resizing.
         target = normalise_target(sample["depth"], sample["valid"], self.target, sample["name"])
         target = resize_nearest(target, size)
@@ -105,9 +106,9 @@ def has_complete_cell(valid):
 
 
 def collate(samples):
-    """Samples of one size -> dict(image B,3,h,w; target, valid B,1,h,w; name: list; replaced)."""
+    """Samples of one size -> one dict: tensors stacked (image B,3,h,w; ...), the rest in lists."""
     batch = {key: torch.stack([sample[key] for sample in samples])
-             for key in ("image", "target", "valid")}
+             for key, value in samples[0].items() if torch.is_tensor(value)}
     return dict(batch, name=[sample["name"] for sample in samples],
                 replaced=[entry for sample in samples for entry in sample["replaced"]])
 

@@ -12,6 +12,11 @@ def valid_cells(valid, cell=8):
     return cells.bool()
 
 
+def cells_to_pixels(cells, cell=8):
+    """Latent cells B,1,h,w -> a mask of pixels B,1,8h,8w that has the same valid cells."""
+    return cells.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
+
+
 def latent_loss(z_pred, z_target, valid):
     """Squared error of latents B,4,h,w over cells whose pixels are all valid -> per sample B.
 

@@ -1,8 +1,9 @@
 """The U-Net of Stable Diffusion 2, with time step and text inside.
 
-Depth estimation calls it once: the image's latent goes in, the depth's latent comes out (DepthMaster,
-arXiv 2501.02576, Eq. 1-2). The text is the constant embedding of the empty prompt, two tokens, which
-is a buffer of the network; the time step is a constant too, 1 unless said otherwise.
+Depth estimation calls it once: the image's latent goes in, the depth's latent comes out
+(DepthMaster, arXiv 2501.02576, Eq. 1-2). The text is the constant embedding of the empty prompt,
+two tokens, which is a buffer of the network; the time step is a constant too, 1 unless said
+otherwise.
 """
 
 import math
@@ -180,6 +181,14 @@ class UNet(nn.Module):
     def feature_channels(self, feature):
         """Channels of the feature `down1`, `down2`, ... or `mid`."""
         return self.channels[-1 if feature == "mid" else int(feature.removeprefix("down")) - 1]
+
+    def feature_size(self, size, feature):
+        """Height and width of a feature, from those of the latent: each halving rounds up."""
+        levels = len(self.channels)
+        halvings = levels - 1 if feature == "mid" else int(feature.removeprefix("down"))
+        for _ in range(min(halvings, levels - 1)):
+            size = tuple((side + 1) // 2 for side in size)
+        return tuple(size)
 
     def forward(self, latent, feature="mid", timestep=1):
         """One pass: latent B,4,h,w -> (latent B,4,h,w, feature B,C,h',w').

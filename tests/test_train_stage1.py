@@ -1,6 +1,7 @@
 """train_stage1.py from end to end, on networks of a few thousand parameters and a folder of pairs."""
 
 import json
+import shutil
 import sys
 
 import imageio.v3 as iio
@@ -118,6 +119,34 @@ def test_checkpointed_activations_do_not_change_the_result(files, tmp_path, monk
     recomputed = train(monkeypatch, files, tmp_path / "recomputed", "--checkpoint-activations")
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, recomputed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_cache_does_not_change_the_result(files, tmp_path, monkeypatch):
+    """Bit by bit at micro-batch 1 with entries in float32; close with entries in half."""
+    options = ["--micro-batch", 1]
+    cached = [*options, "--cache", tmp_path / "cache", "--cache-precision"]
+    plain = train(monkeypatch, files, tmp_path / "plain", *options)
+    train(monkeypatch, files, tmp_path / "full", *cached, "float32")
+    half = train(monkeypatch, files, tmp_path / "half", *cached, "float16")
+    a, b = (tmp_path / name / "model.safetensors" for name in ("plain", "full"))
+    assert a.read_bytes() == b.read_bytes()
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
+    folders = sorted((tmp_path / "cache").iterdir())
+    assert len(folders) == 2  # another precision is another folder
+    assert len(list(folders[0].rglob("*.safetensors"))) == 12  # 6 samples, 2 flips
+
+
+def test_a_bad_sample_is_bad_in_the_cache_too(files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(files / "pairs", tmp_path / "pairs")
+    np.save(tmp_path / "pairs/train/depth/3.npy", np.zeros((40, 60), np.float32))
+    options = ["--data", tmp_path / "pairs", "--micro-batch", 1]
+    plain = train(monkeypatch, files, tmp_path / "plain", *options)
+    cached = train(monkeypatch, files, tmp_path / "cached", *options, "--cache",
+                   tmp_path / "cache", "--cache-precision", "float32")
+    assert [row.get("loss") for row in plain] == [row.get("loss") for row in cached]
+    said = capsys.readouterr().err
+    assert said.count("Replaced a bad sample") == 2 and said.count("no valid pixel") == 2
 
 
 @pytest.mark.parametrize("place, channels", [("down1", 8), ("down2", 16), ("mid", 16)])
