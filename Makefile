@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DEMO = runs/demo
 
-.PHONY: demo test reference
+.PHONY: demo test reference miniature
 
 demo: .venv/ready   ## the main job in small: render, train, evaluate, predict; minutes on 2 cores
 	$(PY) evaluate.py --ckpt weights/miniature_sd2.safetensors --datasets miniature --out $(DEMO)/before
@@ -18,6 +18,18 @@ test: .venv/ready
 
 reference: .venv-reference/ready   ## compares the networks with diffusers and transformers
 	.venv-reference/bin/python -m pytest -q tests/reference
+
+# Makes the models in weights/ again: about two hours on 2 cores.
+SCENES = runs/scenes
+miniature: .venv/ready
+	$(PY) -m miniature.render $(SCENES) --train 5000 --val 96 --streets-train 600 --streets-val 24
+	$(PY) -m miniature.pretrain vae denoiser teacher --scenes $(SCENES)
+	$(PY) train_stage1.py --sd2 weights/miniature_sd2.safetensors \
+	  --dinov2 weights/miniature_dinov2.safetensors --data $(SCENES)/hypersim \
+	  --vkitti $(SCENES)/vkitti --vkitti-crop 96 336 --cache runs/cache --precision bfloat16 \
+	  --batch 16 --micro-batch 16 --lr 1e-3 --steps STEPS --decay-steps STEPS \
+	  --validate-every 1000 --validate-images 48 --out runs/miniature/stage1
+	$(PY) -m miniature.pretrain publish --ckpt runs/miniature/stage1/model.safetensors
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -190,7 +190,7 @@ def open_run(folder, options, ranks):
 
 def decisive(options):
     """Of a script's options (a dict), those that change the result, as plain types."""
-    rest = {"out", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
+    rest = {"out", "cache", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
             "log_every", "save_every", "validate_every", "validate_images"}
     return {name: str(value) if isinstance(value, Path) else value
             for name, value in sorted(options.items()) if name not in rest}

@@ -100,12 +100,32 @@ def options():
     return args
 
 
+def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, workers, ranks):
+    """The training set with what the frozen networks make of it, computed first where absent.
+
+    settings, files: what that depends on besides the data's place and size.
+    """
+    places = [(str(source.root.resolve()), size)
+              for source, size in zip(training_set.sources, training_set.sizes)]
+    name = fingerprint(settings | dict(places=places, kept=str(kept_dtype)), files)
+    training_set = CachedTrainingSet(training_set, folder / name)
+
+    def frozen(batch):
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            return objective.frozen(engine.to_device(batch, ranks.device))
+
+    fill(training_set, frozen, kept_dtype, workers, ranks.rank, ranks.world)
+    engine.wait()
+    return training_set
+
+
 def main():
     args = options()
     ranks = engine.start(args.device)
     dtype = engine.training_dtype(args.precision, ranks.device)
     torch.manual_seed(args.seed)
 
+    data, vkitti = embedded.training_data(args.data, args.vkitti)
     sd2 = embedded.base_weights(args.data or args.vkitti, args.sd2)
     model = DepthMaster.from_file(sd2)
     model.become("stage1", args.target, args.size)
@@ -121,7 +141,6 @@ def main():
         trained["adapter"] = objective.adapter
     optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True)
 
-    data, vkitti = embedded.training_data(args.data, args.vkitti)
     training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop,
                                      args.depth_scale, args.target, args.seed, args.batch,
                                      args.rgb_resize)
@@ -132,19 +151,14 @@ def main():
         trained.load_state_dict(state["trained"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-        engine.say(f"Resuming {args.out} at step {first} of {args.steps}.")
+        engine.say(f"{args.out} is finished: it has all its {first} steps." if first == args.steps
+                   else f"Resuming {args.out} at step {first} of {args.steps}.")
     if args.cache:
-        what = {name: str(getattr(args, name)) for name in
-                ("align_at", "target", "rgb_resize", "cache_precision", "depth_scale")}
-        what |= dict(roots=[str(source.root.resolve()) for source in training_set.sources],
-                     sizes=training_set.sizes, precision=str(dtype))
-        name = fingerprint(what, [sd2, dinov2] if teacher else [sd2])
-        training_set = CachedTrainingSet(training_set, args.cache / name)
-        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-            fill(training_set,
-                 lambda batch: objective.frozen(engine.to_device(batch, ranks.device)),
-                 getattr(torch, args.cache_precision), args.workers, ranks.rank, ranks.world)
-        engine.wait()
+        settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
+                        depth_scale=args.depth_scale, autocast=str(dtype))
+        files = [sd2, dinov2] if teacher else [sd2]
+        training_set = cached(training_set, objective, args.cache, settings, files, dtype,
+                              getattr(torch, args.cache_precision), args.workers, ranks)
     if args.compile:
         objective.unet.compile()
 

@@ -56,13 +56,14 @@ class CachedTrainingSet(TrainingSet):
 class Missing(Dataset):
     """The samples that have no entry yet, as micro-batches of one: raw, or why they are bad."""
 
-    def __init__(self, cached):
+    def __init__(self, cached, rank, world):
         self.cached = cached
         self.todo = []
         for number, source in enumerate(cached.sources):
             (cached.folder / str(number)).mkdir(parents=True, exist_ok=True)
             done = set(os.listdir(cached.folder / str(number)))
-            for index in range(len(source)):
+            # Each rank has its share of all samples, whatever the others have done meanwhile.
+            for index in range(rank, len(source), world):
                 for flip in (False, True):
                     name = cached.entry(number, index, flip).name
                     if not {f"{name}.safetensors", name + BAD} & done:
@@ -86,9 +87,7 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
 
     frozen(batch) -> {name: tensor of batch 1}; floating-point tensors are kept in dtype.
     """
-    missing = Missing(cached)
-    missing.todo = missing.todo[rank::world]
-    loader = DataLoader(missing, batch_size=None, num_workers=workers)
+    loader = DataLoader(Missing(cached, rank, world), batch_size=None, num_workers=workers)
     for entry, batch, bad in tqdm(loader, desc="filling the cache", disable=rank > 0):
         if bad:
             write(entry.with_name(entry.name + BAD), lambda path: path.write_text(json.dumps(bad)))

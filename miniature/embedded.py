@@ -27,7 +27,13 @@ def scenes():
 
 
 def training_data(data, vkitti):
-    """(data, vkitti) as given, or the embedded scenes if neither was."""
+    """(data, vkitti) as given, or the embedded scenes if neither was.
+
+    FileNotFoundError if a folder that was given is not there.
+    """
+    for folder in (data, vkitti):
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; give the root of a data set.")
     if data or vkitti:
         return data, vkitti
     engine.say(f"No --data: training on the embedded scenes in {SCENES}.")

@@ -38,6 +38,7 @@ UNET = dict(channels=(64, 96, 104), layers=1, attention=(False, True, True), hea
             text_width=32, groups=8)
 TEACHER = dict(width=96, depth=6, heads=3, swiglu=False, grid=16)
 TRAIN_SIZE, PROCESSING_RES = (192, 256), 256
+SOURCES = ["python -m miniature.pretrain"]
 LICENCE = "as the code: trained on procedural scenes only"
 
 
@@ -183,7 +184,7 @@ def train_vae(scenes, steps, seed):
 @torch.no_grad()
 def encode_all(vae, images):
     """uint8 images N,3,H,W -> scaled mean latents N,4,h,w, half precision."""
-    return torch.cat([vae.encode(to_unit(batch)).half() for batch in tqdm(images.split(16))])
+    return torch.cat([vae.encode(to_unit(batch)).half() for batch in images.split(16)])
 
 
 def train_denoiser(vae, scenes, steps, seed):
@@ -192,7 +193,7 @@ def train_denoiser(vae, scenes, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     unet = UNet(**UNET)
     unet.text_embedding.normal_(generator=generator)
-    latents = [encode_all(vae, torch.cat([images, images.flip(3)])) for images, _, _ in scenes]
+    latents = [encode_all(vae, images) for images, _, _ in scenes]
     shares = torch.tensor([len(group) for group in latents], dtype=torch.float)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
@@ -236,7 +237,7 @@ def train_teacher(scenes, steps, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=["vae", "denoiser", "teacher"])
+    parser.add_argument("parts", nargs="+", choices=["vae", "denoiser", "teacher", "publish"])
     parser.add_argument("--scenes", type=Path, default=Path("miniature/scenes"))
     parser.add_argument("--out", type=Path, default=Path("weights"))
     parser.add_argument("--work", type=Path, default=Path("runs/miniature"),
@@ -244,13 +245,16 @@ def main():
     parser.add_argument("--vae-steps", type=int, default=9000)
     parser.add_argument("--denoiser-steps", type=int, default=8000)
     parser.add_argument("--teacher-steps", type=int, default=2500)
+    parser.add_argument("--ckpt", type=Path, help="what `publish` writes in half precision as "
+                        "miniature.safetensors")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    if args.parts == ["publish"]:
+        DepthMaster.from_file(args.ckpt).save(args.out / "miniature.safetensors", torch.float16)
+        return
     scenes = load(args.scenes)
     args.work.mkdir(parents=True, exist_ok=True)
-    model = DepthMaster(vae=VAE, unet=UNET, train_size=TRAIN_SIZE, processing_res=PROCESSING_RES)
-    model.sources, model.licence = ["python -m miniature.pretrain"], LICENCE
     vae_file = args.work / "vae.pt"
     if "vae" in args.parts:
         vae = train_vae(scenes, args.vae_steps, args.seed)
@@ -262,11 +266,11 @@ def main():
                             processing_res=PROCESSING_RES)
         model.vae.load_state_dict(weights)
         model.unet = train_denoiser(model.vae, scenes, args.denoiser_steps, args.seed)
-        model.sources, model.licence = ["python -m miniature.pretrain"], LICENCE
+        model.sources, model.licence = SOURCES, LICENCE
         model.save(args.out / "miniature_sd2.safetensors", torch.float16)
     if "teacher" in args.parts:
         teacher = train_teacher(scenes, args.teacher_steps, args.seed)
-        header = dict(kind="dinov2", config=TEACHER, sources=model.sources, licence=LICENCE)
+        header = dict(kind="dinov2", config=TEACHER, sources=SOURCES, licence=LICENCE)
         tensors = {name: value.half() for name, value in teacher.state_dict().items()}
         checkpoint.save(args.out / "miniature_dinov2.safetensors", tensors, header)
 

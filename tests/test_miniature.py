@@ -1,0 +1,79 @@
+"""The embedded models in weights/: sizes, kinds, and what they score on scenes they never saw."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.hypersim import Hypersim
+from data.transforms import normalise_target
+from metrics import evaluate_dataset, mean_scores, score
+from miniature import embedded, render
+from nets.depthmaster import DepthMaster
+from nets.dinov2 import DINOv2
+
+FRAMES = 8
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    render.ensure(folder, val=FRAMES, workers=1)
+    return Hypersim(folder / "hypersim", "val")
+
+
+def test_files_are_small():
+    files = [embedded.SD2, embedded.DINOV2, embedded.TRAINED]
+    assert sum(path.stat().st_size for path in files) < 24e6
+
+
+def test_the_trained_model_sees_depth(held_out):
+    """Its published score is the mean of 48 frames; these few are a check that nothing broke."""
+    model = DepthMaster.from_file(embedded.TRAINED)
+    assert model.kind in ("stage1", "stage2")
+    untrained = DepthMaster.from_file(embedded.SD2)
+    assert untrained.kind == "sd2"
+    results = []
+    for network in (model, untrained):
+        rows = evaluate_dataset(lambda sample, network=network: network.predict(
+            sample["image"].permute(1, 2, 0).numpy()), held_out, ["sqrt_disparity"], 1e-5, 65.0)
+        results.append(mean_scores([row.scores["sqrt_disparity"] for row in rows]))
+    assert results[0]["abs_rel"] < 0.2 and results[0]["delta1"] > 0.7
+    assert results[0]["abs_rel"] < 0.6 * results[1]["abs_rel"]
+
+
+def test_the_autoencoder_keeps_depth_edges(held_out):
+    vae = DepthMaster.from_file(embedded.SD2).vae
+    rows = []
+    for sample in (held_out[index] for index in range(FRAMES)):
+        target = normalise_target(sample["depth"], sample["valid"])
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(target.expand(1, 3, -1, -1))).mean(1)[0].clamp(-1, 1)
+        rows.append(score((decoded + 1) / 2, sample["depth"][0], sample["valid"][0],
+                          "sqrt_disparity", 1e-5, 65.0))
+    means = mean_scores(rows)
+    assert means["boundary_f1"] > 0.3 and means["abs_rel"] < 0.05
+
+
+def test_the_base_and_the_trained_model_share_the_autoencoder():
+    base, trained = (DepthMaster.from_file(path) for path in (embedded.SD2, embedded.TRAINED))
+    for name, value in base.vae.state_dict().items():
+        assert torch.equal(value, trained.vae.state_dict()[name])
+
+
+def test_the_teacher_tells_places_apart(held_out):
+    """Tokens of patches of one class are closer to each other than to those of other classes."""
+    teacher = DINOv2.from_file(embedded.DINOV2)
+    from miniature.pretrain import semantic_classes
+    from losses.alignment import teacher_image
+    within, across = [], []
+    for index in range(FRAMES):
+        image = held_out[index]["image"][None] / 127.5 - 1
+        with torch.no_grad():
+            tokens = teacher(teacher_image(image))[0]
+        classes = semantic_classes(held_out, index)[8::16, 8::16].flatten()
+        tokens = torch.nn.functional.normalize(tokens - tokens.mean(0), dim=1)
+        similar = tokens @ tokens.T
+        same = classes[:, None] == classes[None]
+        within.append(similar[same].mean().item())
+        across.append(similar[~same].mean().item())
+    assert np.mean(within) > np.mean(across) + 0.2
