@@ -19,15 +19,17 @@ test: .venv/ready
 reference: .venv-reference/ready   ## compares the networks with diffusers and transformers
 	.venv-reference/bin/python -m pytest -q tests/reference
 
-# Makes the models in weights/ again: about two hours on 2 cores.
+# Makes the models in weights/ again: two and a half hours on 2 cores.
 SCENES = runs/scenes
 miniature: .venv/ready
-	$(PY) -m miniature.render $(SCENES) --train 5000 --val 96 --streets-train 600 --streets-val 24
-	$(PY) -m miniature.pretrain vae denoiser teacher --scenes $(SCENES)
+	$(PY) -m miniature.render $(SCENES) --train 1800 --val 96 --streets-train 300
+	$(PY) -m miniature.pretrain vae --scenes $(SCENES)
+	$(PY) -m miniature.render $(SCENES) --train 5000 --val 96 --streets-train 600
+	$(PY) -m miniature.pretrain denoiser teacher --scenes $(SCENES)
 	$(PY) train_stage1.py --sd2 weights/miniature_sd2.safetensors \
 	  --dinov2 weights/miniature_dinov2.safetensors --data $(SCENES)/hypersim \
 	  --vkitti $(SCENES)/vkitti --vkitti-crop 96 336 --cache runs/cache --precision bfloat16 \
-	  --batch 16 --micro-batch 16 --lr 1e-3 --steps STEPS --decay-steps STEPS \
+	  --batch 8 --micro-batch 8 --lr 1e-3 --steps 10000 --decay-steps 10000 \
 	  --validate-every 1000 --validate-images 48 --out runs/miniature/stage1
 	$(PY) -m miniature.pretrain publish --ckpt runs/miniature/stage1/model.safetensors
 

@@ -171,8 +171,9 @@ def main():
         picture = args.out / "pictures" / f"{step:06d}.png"
         scores = validate(model, held_out, args.validate_images, dtype, picture)
         log.write({"step": step, "validation": scores})
-        engine.say(f"Step {step}: AbsRel {scores['abs_rel']:.3f}, delta1 {scores['delta1']:.3f}, "
-                   f"boundary F1 {scores['boundary_f1']:.3f} on held-out images; see {picture}.")
+        engine.say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
+                   f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
+                   f"see {picture}.")
 
     log = engine.Log(args.out, first, ranks)
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,

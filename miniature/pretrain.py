@@ -1,7 +1,6 @@
 """Makes the small foundation models that stand in for Stable Diffusion 2 and DINOv2.
 
-    python -m miniature.render miniature/scenes --train 4000 --val 48 --streets-train 600
-    python -m miniature.pretrain vae denoiser teacher --scenes miniature/scenes
+    make miniature      # renders the scenes and calls this file's parts and train_stage1.py
 
 They are pre-trained as the big ones were, in the same classes: an autoencoder of pictures and depth
 maps; a U-Net that denoises the latents of pictures (so that depth training starts from a generative
@@ -242,9 +241,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("weights"))
     parser.add_argument("--work", type=Path, default=Path("runs/miniature"),
                         help="where the parts lie until the files are assembled (%(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=9000)
-    parser.add_argument("--denoiser-steps", type=int, default=8000)
-    parser.add_argument("--teacher-steps", type=int, default=2500)
+    parser.add_argument("--vae-steps", type=int, default=8000)
+    parser.add_argument("--denoiser-steps", type=int, default=4000)
+    parser.add_argument("--teacher-steps", type=int, default=2000)
     parser.add_argument("--ckpt", type=Path, help="what `publish` writes in half precision as "
                         "miniature.safetensors")
     parser.add_argument("--seed", type=int, default=0)

@@ -35,7 +35,8 @@ def test_kl_is_a_mean_over_channels_too():
 @pytest.mark.parametrize("kind", ["kl", "cosine"])
 def test_zero_where_equal_and_positive_elsewhere(kind):
     x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(feature_alignment_loss(x, x, kind), torch.zeros(2), atol=1e-6, rtol=0)
+    same = feature_alignment_loss(x, x, kind)
+    torch.testing.assert_close(same, torch.zeros(2), atol=1e-6, rtol=0)
     assert (feature_alignment_loss(x, x.flip(1), kind) > 0.01).all()
 
 
@@ -55,7 +56,8 @@ def test_kl_moves_only_the_adapted_features():
 
 def test_adapter_has_the_released_keys_and_shape():
     adapter = FeatureAdapter(12, 20)
-    assert sorted(adapter.state_dict()) == [f"{i}.{p}" for i in (0, 2, 4) for p in ("bias", "weight")]
+    keys = [f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("bias", "weight")]
+    assert sorted(adapter.state_dict()) == keys
     assert adapter(torch.randn(2, 6, 12)).shape == (2, 6, 20)
 
 

@@ -1,4 +1,4 @@
-"""train_stage1.py from end to end, on networks of a few thousand parameters and a folder of pairs."""
+"""train_stage1.py from end to end, on networks of a few thousand parameters and some pairs."""
 
 import json
 import shutil

@@ -1,0 +1,161 @@
+"""Brings official checkpoints into this project's files, and back into diffusers' folders.
+
+    python convert_sd2.py stable-diffusion-2          # diffusers folder -> weights/sd2.safetensors
+    python convert_sd2.py v2-1_768-ema-pruned.ckpt    # the same from a single file
+    python convert_sd2.py dinov2_vitg14_pretrain.pth  # -> weights/dinov2_vitg14.safetensors
+    python convert_sd2.py runs/stage1/model.safetensors --export diffusers --out stage1_diffusers
+
+Every tensor of the source is accounted for; what the file is is told by its tensors.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import engine
+from nets import checkpoint
+from nets.depthmaster import KINDS, DepthMaster
+from nets.export import write_diffusers
+from nets.official import fit, open_source
+from nets.text import TextEncoder
+from nets.unet import UNet
+from nets.vae import AutoencoderKL
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="local file or folder, of any official layout")
+    parser.add_argument("--out", type=Path, help="file to write (default: weights/NAME.safetensors "
+                        "with NAME by content); with --export the folder to write")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"],
+                        help="precision of what is written (default: float32)")
+    parser.add_argument("--export", choices=["diffusers"],
+                        help="write a model of this project as the folders that diffusers loads")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    if args.export and args.out is None:
+        parser.error("--export needs --out FOLDER")
+    if args.export:
+        print(export(args.source, args.out, dtype))
+    else:
+        print(convert(args.source, args.out, dtype))
+
+
+def convert(path, out=None, dtype=torch.float32):
+    """Converts a file or folder of Stable Diffusion 2 or DINOv2; the path of what was written."""
+    source = open_source(path)
+    report(source)
+    check_out(out, source)
+    sources = [f"{name} sha256:{sha256(file)}" for name, file in source.files.items()]
+    if source.kind == "dinov2":
+        sizes, tensors = fit(source.parts["dinov2"], dtype)
+        out = out or Path("weights", dinov2_name(source, sizes["width"]) + ".safetensors")
+        header = dict(kind="dinov2", config=sizes, sources=sources, licence=source.licence)
+        checkpoint.save(out, tensors, header)
+    else:
+        model = assemble(source, path, dtype)
+        model.sources = sources
+        out = out or Path("weights", f"{model.kind}.safetensors")
+        model.save(out, dtype)
+    return out
+
+
+def assemble(source, path, dtype):
+    """Autoencoder, U-Net and the empty prompt's embedding as one model."""
+    vae_sizes, vae = fit(source.parts["vae"], dtype)
+    unet_sizes, unet = fit(source.parts["unet"], dtype)
+    if unet_sizes["in_channels"] != vae_sizes["latent_channels"]:
+        raise ValueError(f"{path}: the U-Net takes {unet_sizes['in_channels']} channels, the "
+                         f"autoencoder gives {vae_sizes['latent_channels']}: this is a variant "
+                         "(inpainting, depth, upscaling); take the plain text-to-image model.")
+    text, about = text_constant(source, path)
+    if text.shape[1] != unet_sizes["text_width"]:
+        raise ValueError(f"{path}: the U-Net takes a text of width {unet_sizes['text_width']}, the "
+                         f"text encoder gives {text.shape[1]}: they are of different models.")
+    unet_sizes["text_tokens"] = text.shape[0]
+    unet["text_embedding"] = text.to(dtype)
+    tensors = {f"vae.{name}": tensor for name, tensor in vae.items()}
+    tensors |= {f"unet.{name}": tensor for name, tensor in unet.items()}
+    with torch.device("meta"):
+        model = DepthMaster(vae=vae_sizes, unet=unet_sizes, **about["config"])
+    model.load_state_dict(tensors, assign=True)
+    model.kind, model.licence = about["kind"], about["licence"]
+    return model
+
+
+def text_constant(source, path):
+    """The empty prompt's embedding (tokens, width), and what is to be said of the model.
+
+    Computed in float32 from the text encoder, or read from the file that --export wrote, which
+    also knows what the exported model was.
+    """
+    if source.exported:
+        header = checkpoint.read_header(source.exported, kinds=KINDS)
+        with safe_open(source.exported, framework="pt") as file:
+            text = file.get_tensor("text_embedding").float()
+        names = ("target", "train_size", "processing_res")
+        about = {name: header["config"][name] for name in names}
+        return text, dict(kind=header["kind"], licence=header["licence"], config=about)
+    if "text" not in source.parts:
+        raise ValueError(f"{path} has no text encoder, of which the empty prompt's embedding is "
+                         "needed: add text_encoder/ of the same Stable Diffusion 2 to the folder, "
+                         "or take a single file that has cond_stage_model.*.")
+    sizes, tensors = fit(source.parts["text"])
+    with torch.device("meta"):
+        encoder = TextEncoder(**sizes)
+    encoder.load_state_dict(tensors, assign=True)
+    return encoder.empty_prompt(), dict(kind="sd2", licence=source.licence, config={})
+
+
+def export(path, folder, dtype=torch.float32):
+    """Writes a model of this project as diffusers' folders; the path of the folder."""
+    model = DepthMaster.from_file(path, dtype=dtype)
+    write_diffusers(model, folder)
+    engine.say("The text encoder is not part of a model: its embedding of the empty prompt, a "
+               f"constant, is in {folder / 'text_embedding.safetensors'}.")
+    return folder
+
+
+def report(source):
+    """Says what was found."""
+    engine.say(f"{'DINOv2' if source.kind == 'dinov2' else 'Stable Diffusion 2'}: {source.layout}, "
+               f"{source.licence}")
+    for part in source.parts.values():
+        tensors = part.tensors.values()
+        precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        only = " (only its embedding of the empty prompt is kept)" if part.net == "text" else ""
+        engine.say(f"  {part.origin}: {len(tensors)} tensors, "
+                   f"{sum(tensor.numel() for tensor in tensors):,} parameters, "
+                   f"{' and '.join(precisions)}{only}")
+    if source.ignored:
+        engine.say(f"  ignored: {len(source.ignored)} tensors that are not needed "
+                   f"({', '.join(source.ignored[:3])}{', ...' if source.ignored[3:] else ''})")
+
+
+def sha256(file):
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def dinov2_name(source, width):
+    family = "depth_anything_v2" if "Depth-Anything" in source.licence else "dinov2"
+    size = {384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
+    return f"{family}_{size.get(width, f'width{width}')}"
+
+
+def check_out(out, source):
+    """Before the work: refuses to write over the source or in the place of a folder."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give the name of a .safetensors file.")
+    if any(out.resolve() == file.resolve() for file in source.files.values()):
+        raise ValueError(f"--out {out} is the source itself: give another file.")
+
+
+if __name__ == "__main__":
+    engine.run(main)

@@ -1,0 +1,58 @@
+"""Writes a model as diffusers' folders, so that other programs can load it."""
+
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nets import checkpoint, layouts
+from nets.official import NETWORKS, TEXT_CONSTANT
+from nets.sizes import FIXED, SETTINGS
+
+
+def write_diffusers(model, folder):
+    """Writes unet/ and vae/ as diffusers loads them, and the text's constant beside them."""
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: give the name of a new folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    header = dict(kind=model.kind, config=model.config, sources=model.sources,
+                  licence=model.licence)
+    with TemporaryDirectory(dir=folder.parent, suffix=".tmp") as temporary:
+        new = Path(temporary, folder.name)
+        write_network(new / "unet", model.unet, layouts.UNET_DIFFUSERS, unet_settings(model))
+        write_network(new / "vae", model.vae, layouts.VAE_DIFFUSERS, vae_settings(model))
+        checkpoint.save(new / TEXT_CONSTANT, {"text_embedding": model.unet.text_embedding}, header)
+        os.replace(new, folder)
+
+
+def write_network(folder, network, layout, settings):
+    folder.mkdir(parents=True)
+    tensors = {layouts.their_names(name, layout)[0]: tensor
+               for name, tensor in network.state_dict().items() if name != "text_embedding"}
+    file = folder / "diffusion_pytorch_model.safetensors"
+    checkpoint.write_tensors(file, tensors, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def theirs(net, config):
+    """Our keywords, defaults filled in, as config.json calls them."""
+    config = {**NETWORKS[net].__init__.__kwdefaults__, **config}
+    return {**FIXED[net], **{name: config[ours] for ours, name in SETTINGS[net].items()}}, config
+
+
+def unet_settings(model):
+    settings, config = theirs("unet", model.config["unet"])
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config["attention"]]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config["attention"])]
+    return {"_class_name": "UNet2DConditionModel", **settings, "down_block_types": down,
+            "up_block_types": up, "use_linear_projection": True,
+            "sample_size": model.processing_res // 8}
+
+
+def vae_settings(model):
+    settings, config = theirs("vae", model.config["vae"])
+    levels = len(config["channels"])
+    return {"_class_name": "AutoencoderKL", **settings, "out_channels": config["image_channels"],
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels, "sample_size": model.processing_res}

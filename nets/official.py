@@ -1,0 +1,302 @@
+"""Opens the official files of Stable Diffusion 2 and DINOv2, whatever their layout.
+
+What a file holds is told by its tensors' names. `open_source` finds the networks in a file or
+folder, `fit` brings one of them to our names and shapes and accounts for every tensor. Files are
+mapped, not read, as far as their format allows.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nets import checkpoint, layouts
+from nets.dinov2 import DINOv2
+from nets.sizes import sizes
+from nets.text import TextEncoder
+from nets.unet import UNet
+from nets.vae import AutoencoderKL
+
+NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder, "dinov2": DINOv2}
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+TEXT_CONSTANT = "text_embedding.safetensors"  # beside unet/ and vae/ in a folder that we wrote
+
+# Tensors that may lie in a source and that nobody needs; patterns of whole names.
+TEXT_EXTRAS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale|attn_mask"
+SINGLE_FILE_EXTRAS = (r"model_ema\..*|betas|alphas_cumprod(_prev)?|posterior_.*|logvar|sqrt_.*"
+                      r"|log_one_minus_alphas_cumprod|lvlb_weights")
+DEPTH_ANYTHING_EXTRAS = r"depth_head\..*"
+SD2_LICENCE = "CreativeML Open RAIL++-M (Stable Diffusion 2)"
+
+# What is in the names of models that users take for one of those that can be converted.
+OTHER_MODELS = {
+    "conditioner.": "this is Stable Diffusion XL, and only 2 and 2.1 fit",
+    "cond_stage_model.transformer.": "this is Stable Diffusion 1, and only 2 and 2.1 fit",
+    "register_tokens": "this is DINOv2 with registers, and only the plain one fits",
+    "fftblock.": "this is the released DepthMaster, whose layout is not read yet",
+    "lora_": "this is a LoRA, not a whole model",
+}
+
+
+@dataclass
+class Part:
+    """One network of a source: its tensors under their names, without their common prefix."""
+
+    net: str
+    origin: str  # file and prefix, for messages
+    tensors: dict
+    settings: dict = field(default_factory=dict)  # content of config.json
+
+
+@dataclass
+class Source:
+    """What a file or folder turned out to hold."""
+
+    kind: str  # "sd2" or "dinov2"
+    layout: str  # in words
+    parts: dict  # of Part, by network
+    files: dict  # path by name
+    licence: str
+    ignored: list = field(default_factory=list)  # names of known extras
+    exported: Path | None = None  # our TEXT_CONSTANT, which stands for the text encoder
+
+
+# -------------------------------------------------------------------------------------- one part
+
+
+def fit(part, dtype=torch.float32):
+    """Checks a part and brings it to our names: (constructor's keywords, {our name: tensor}).
+
+    Every source tensor is used exactly once and every one of ours is filled. ValueError with the
+    names and the likely cause otherwise, or where a number is not finite in dtype.
+    """
+    layout = layouts.choose(part.net, part.tensors)
+    ours = {name: layouts.our_name(name, layout) for name in part.tensors}
+    shapes = {ours[name]: tuple(tensor.shape) for name, tensor in part.tensors.items()
+              if ours[name]}
+    try:
+        found = sizes(part.net, shapes, part.settings)
+        with torch.device("meta"):
+            expected = NETWORKS[part.net](**found).state_dict()
+    except KeyError as error:
+        raise mismatch(part.origin, missing=layouts.their_names(error.args[0], layout)) from None
+    except ValueError as error:
+        raise ValueError(f"{part.origin}: {error}") from None
+    expected.pop("text_embedding", None)  # a constant of ours, filled later
+    wanted = {name: layouts.their_names(name, layout) for name in expected}
+    unknown = [name for name in part.tensors if ours[name] not in expected]
+    missing = [name for names in wanted.values() for name in names if name not in part.tensors]
+    if unknown or missing:
+        raise mismatch(part.origin, unknown, missing)
+    return found, {name: brought(part, names, expected[name].shape, dtype)
+                   for name, names in wanted.items()}
+
+
+def mismatch(origin, unknown=(), missing=()):
+    """The error for tensors that are too many or too few."""
+    def some(names):
+        return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    faults = [f"{text} {some(names)}" for text, names in
+              (("misses tensors:", missing), ("has tensors that do not belong to it:", unknown))
+              if names]
+    return ValueError(f"{origin} {' and '.join(faults)}; {likely_cause(unknown)}.")
+
+
+def likely_cause(names):
+    found = (cause for mark, cause in OTHER_MODELS.items() if any(mark in name for name in names))
+    return next(found, "it is incomplete or of another model, so download it again or take another")
+
+
+def brought(part, names, shape, dtype):
+    """Their tensors as one of ours: stacked, reshaped, cast, checked."""
+    tensors = [part.tensors[name] for name in names]
+    tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if without_kernel(tensor.shape) != without_kernel(shape):
+        raise ValueError(f"{part.origin}: {names[0]} has shape {tuple(tensor.shape)}, but "
+                         f"{tuple(shape)} is needed: it or its config.json is of another model.")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{part.origin}: {names[0]} is {tensor.dtype}, not floating point: take "
+                         "a file that is not quantised.")
+    tensor = tensor.reshape(shape).to(dtype)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{part.origin}: {names[0]} has values that are not finite in {dtype}: "
+                         "download it again, or choose another --dtype.")
+    return tensor
+
+
+def without_kernel(shape):
+    """The shape as a linear layer's if it is that of a 1x1 convolution: files differ in these."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+# -------------------------------------------------------------------------------- finding the parts
+
+
+def open_source(path):
+    """Finds the networks in a file or folder by its tensors' names; ValueError if there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: give a local file or folder of Stable "
+                                "Diffusion 2 or DINOv2.")
+    if (path / "unet").is_dir() or (path / "vae").is_dir():
+        return open_diffusers(path)
+    file = weights_file(path, "model", "pytorch_model") if path.is_dir() else path
+    tensors = read_tensors(file)
+    if any(name.startswith("model.diffusion_model.") for name in tensors):
+        return open_single_file(file, tensors)
+    if any(name.endswith(("pos_embed", "embeddings.position_embeddings")) for name in tensors):
+        return open_dinov2(file, tensors)
+    if any(name.startswith(("down_blocks.", "encoder.down_blocks.")) for name in tensors):
+        raise ValueError(f"{path} is one network of three: give the folder that holds unet/, vae/ "
+                         "and text_encoder/.")
+    raise ValueError(f"{path} is neither Stable Diffusion 2 nor DINOv2 (its first tensor is "
+                     f"{min(tensors, default='missing')}); {likely_cause(tensors)}.")
+
+
+def open_diffusers(folder):
+    """unet/, vae/ and text_encoder/ (or, in a folder that we wrote, the text's constant)."""
+    parts, files, ignored = {}, {}, []
+    exported = folder / TEXT_CONSTANT
+    exported = exported if exported.is_file() else None
+    for net, name in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
+        if net == "text" and (exported or not (folder / name).is_dir()):
+            continue
+        stems = ("model", "pytorch_model") if net == "text" else ("diffusion_pytorch_model",)
+        file = weights_file(folder / name, *stems)
+        origin = f"{name}/{file.name}"
+        tensors, files[origin] = read_tensors(file), file
+        if net == "text":
+            tensors = without(stripped(tensors, "text_model.", file), TEXT_EXTRAS, ignored)
+        parts[net] = Part(net, origin, tensors, read_settings(file))
+    if exported:
+        files[TEXT_CONSTANT] = exported
+    return Source("sd2", "a diffusers folder", parts, files, SD2_LICENCE, ignored, exported)
+
+
+def open_single_file(file, tensors):
+    """All of Stable Diffusion 2 in one file, told apart by prefixes."""
+    ignored, parts = [], {}
+    tensors = without(tensors, SINGLE_FILE_EXTRAS, ignored)
+    for net, prefix in (("unet", "model.diffusion_model."), ("vae", "first_stage_model."),
+                        ("text", "cond_stage_model.model.")):
+        names = [name for name in tensors if name.startswith(prefix)]
+        found = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+        if net == "text":
+            found = without(found, "|".join([TEXT_EXTRAS, *unused_blocks(found)]), ignored)
+        if found or net != "text":
+            parts[net] = Part(net, f"{file.name} ({prefix}*)", found)
+    if tensors:
+        raise mismatch(file.name, unknown=list(tensors))
+    return Source("sd2", "a single file", parts, {file.name: file}, SD2_LICENCE, ignored)
+
+
+def unused_blocks(names):
+    """Patterns for the text encoder's last block, which Stable Diffusion 2 leaves out.
+
+    Some tools leave it out of the file as well, so where the size is known the number counts.
+    """
+    width = names["ln_final.weight"].shape[0] if "ln_final.weight" in names else 0
+    blocks = layouts.count("transformer.resblocks.#", names)
+    used = 23 if width == 1024 else blocks - 1
+    return [rf"transformer\.resblocks\.{i}\..*" for i in range(max(used, 0), blocks)]
+
+
+def open_dinov2(file, tensors):
+    """DINOv2 as published by its authors, by Hugging Face, or inside Depth-Anything-V2."""
+    ignored = []
+    licence, layout = "Apache-2.0 (DINOv2)", "the authors' file"
+    settings = {}
+    if "embeddings.position_embeddings" in tensors:
+        layout, settings = "Hugging Face's file", read_settings(file)
+    elif "pretrained.pos_embed" in tensors:
+        layout = "the encoder of Depth-Anything-V2"
+        tensors = stripped(without(tensors, DEPTH_ANYTHING_EXTRAS, ignored), "pretrained.", file)
+        small = tensors["pos_embed"].shape[-1] <= 384
+        licence = f"{'Apache-2.0' if small else 'CC-BY-NC-4.0'} (Depth-Anything-V2)"
+    part = Part("dinov2", file.name, tensors, settings)
+    return Source("dinov2", layout, {"dinov2": part}, {file.name: file}, licence, ignored)
+
+
+# ------------------------------------------------------------------------------------ reading files
+
+
+def weights_file(folder, *stems):
+    """The weights in a folder: full precision before half, .safetensors before .bin."""
+    for variant in ("", ".fp16"):
+        for ending in (".safetensors", ".bin"):
+            for stem in stems:
+                if (folder / f"{stem}{variant}{ending}").is_file():
+                    return folder / f"{stem}{variant}{ending}"
+    raise FileNotFoundError(f"{folder} holds no {' or '.join(stems)} (.safetensors or .bin): give "
+                            "the folder of a whole model, completely downloaded.")
+
+
+def read_settings(file):
+    """config.json beside a file of weights; empty where there is none."""
+    config = file.with_name("config.json")
+    try:
+        return json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config} is not valid JSON ({error}): download it again.") from None
+
+
+def read_tensors(file):
+    """{name: tensor} of a .safetensors file or a pickle of weights."""
+    if file.suffix in PICKLES:
+        return read_pickle(file)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} has none of the endings .safetensors {' '.join(PICKLES)}: unpack "
+                         "it if it is an archive, else take another file.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            ours = checkpoint.KEY in (opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable .safetensors file ({error}): download it "
+                         "again.") from None
+    if ours:
+        raise ValueError(f"{file} is a model file of this project already: use it as it is, or "
+                         "add --export diffusers.")
+    return tensors
+
+
+def read_pickle(file):
+    """{name: tensor} of a pickle; nothing but tensors and plain containers is ever unpickled."""
+    with open(file, "rb") as opened:
+        mapped = zipfile.is_zipfile(opened)  # files from before torch 1.6 are none
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise ValueError(f"{file} was refused: it is a pickle that wants to run code "
+                             f"({code[1]}) when it is opened; take the .safetensors file or one "
+                             "with nothing but weights.") from None
+        raise ValueError(f"{file} is not a readable file of PyTorch weights: it is damaged or "
+                         "something else, so download it again.") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+        raise ValueError(f"{file} does not hold a plain table of named tensors: take the file with "
+                         "the model's weights.")
+    return content
+
+
+def without(tensors, pattern, ignored):
+    """The tensors but for those whose names fit the pattern; these names go to `ignored`."""
+    extras = {name for name in tensors if re.fullmatch(pattern, name)}
+    ignored += sorted(extras)
+    return {name: tensor for name, tensor in tensors.items() if name not in extras}
+
+
+def stripped(tensors, prefix, file):
+    """The tensors without a prefix of their names."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise ValueError(f"{file} has tensors twice, with and without {prefix}: take another file.")
+    return found

@@ -1,0 +1,103 @@
+"""How large an official network is: from its config.json, else from its tensors' shapes.
+
+config.json is diffusers' or transformers'; shapes tell all but the number of heads (64 channels
+each) and of groups (32).
+"""
+
+from nets.layouts import count
+
+# Our constructors' keywords and what config.json calls them; tables that are read both ways, too.
+SETTINGS = {
+    "unet": {"in_channels": "in_channels", "out_channels": "out_channels",
+             "channels": "block_out_channels", "layers": "layers_per_block",
+             "heads": "attention_head_dim",  # the name misleads: it is the number of heads
+             "text_width": "cross_attention_dim", "groups": "norm_num_groups"},
+    "vae": {"image_channels": "in_channels", "latent_channels": "latent_channels",
+            "channels": "block_out_channels", "layers": "layers_per_block",
+            "groups": "norm_num_groups", "scaling_factor": "scaling_factor"},
+    "text": {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
+             "hidden": "intermediate_size", "vocabulary": "vocab_size",
+             "positions": "max_position_embeddings"},
+    "dinov2": {"width": "hidden_size", "depth": "num_hidden_layers", "swiglu": "use_swiglu_ffn",
+               "heads": "num_attention_heads", "patch": "patch_size"},
+}
+# What the networks here have built in: another value in config.json is another network.
+FIXED = {
+    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+             "downsample_padding": 1, "center_input_sample": False, "mid_block_scale_factor": 1},
+    "vae": {"act_fn": "silu"},
+    "text": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "dinov2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "mlp_ratio": 4},
+}
+
+
+def sizes(net, shapes, settings):
+    """Keywords of our constructor: from config.json where it says, else from the tensors' shapes.
+
+    shapes: {our name: shape}; settings: content of config.json, or empty. KeyError with the name
+    of a tensor that would have told, ValueError where config.json describes another network.
+    """
+    for key, value in FIXED[net].items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"config.json says {key} = {settings[key]}, but the network that is "
+                             f"built here has {value}: it is another model's.")
+    given = {ours: settings[theirs] for ours, theirs in SETTINGS[net].items()
+             if settings.get(theirs) is not None}
+    if net == "unet" and "down_block_types" in settings:
+        given["attention"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
+    measure = {"unet": unet_sizes, "vae": vae_sizes, "text": text_sizes, "dinov2": dinov2_sizes}
+    found = {**measure[net](shapes), **given}
+    if net == "unet":
+        found["heads"] = found.get("heads") or [head_count(c) for c in found["channels"]]
+        if isinstance(found["heads"], int):
+            found["heads"] = [found["heads"]] * len(found["channels"])
+        check_levels(found["channels"], found["heads"], found["attention"])
+    elif net != "vae":
+        found["heads"] = found.get("heads") or head_count(found["width"])
+    return found
+
+
+def check_levels(channels, heads, attention):
+    same = len(channels) == len(heads) == len(attention)
+    if not same or any(c % h for c, h in zip(channels, heads)):
+        raise ValueError(f"the levels' widths {channels}, numbers of heads {heads} and attention "
+                         f"{attention} do not fit one another: config.json is of another model.")
+
+
+def head_count(width):
+    if width % 64:
+        raise ValueError(f"a width of {width} is not a multiple of 64, so that the number of heads "
+                         "cannot be told: a config.json is needed beside the weights.")
+    return width // 64
+
+
+def unet_sizes(shapes):
+    levels = range(count("down.#", shapes))
+    return dict(
+        in_channels=shapes["conv_in.weight"][1], out_channels=shapes["conv_out.weight"][0],
+        channels=[shapes[f"down.{i}.resnets.0.conv1.weight"][0] for i in levels],
+        layers=count("down.0.resnets.#", shapes),
+        attention=[f"down.{i}.attentions.0.norm.weight" in shapes for i in levels],
+        text_width=shapes["mid.attention.cross_attention.k.weight"][1], groups=32)
+
+
+def vae_sizes(shapes):
+    levels = range(count("encoder.down.#", shapes))
+    return dict(
+        image_channels=shapes["encoder.conv_in.weight"][1],
+        latent_channels=shapes["post_quant_conv.weight"][1],
+        channels=[shapes[f"encoder.down.{i}.resnets.0.conv1.weight"][0] for i in levels],
+        layers=count("encoder.down.0.resnets.#", shapes), groups=32, scaling_factor=0.18215)
+
+
+def text_sizes(shapes):
+    vocabulary, width = shapes["token_embedding.weight"]
+    return dict(width=width, depth=count("blocks.#", shapes), vocabulary=vocabulary,
+                hidden=shapes["blocks.0.fc1.weight"][0], positions=shapes["position_embedding"][0])
+
+
+def dinov2_sizes(shapes):
+    return dict(width=shapes["cls_token"][-1], depth=count("blocks.#", shapes),
+                swiglu="blocks.0.mlp.w12.weight" in shapes,
+                patch=shapes["patch_embed.proj.weight"][-1],
+                grid=round((shapes["pos_embed"][1] - 1) ** 0.5))

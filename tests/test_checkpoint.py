@@ -1,0 +1,99 @@
+"""nets/checkpoint.py: what is written, and what is said of files that are not what is needed."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from nets import checkpoint
+
+HEADER = dict(kind="sd2", config=dict(in_features=3, out_features=2), sources=[], licence="none")
+
+
+def linear(**sizes):
+    return nn.Linear(**sizes)
+
+
+def written(path, **header):
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+    checkpoint.save(path, tensors, HEADER | header)
+    return path
+
+
+def test_round_trip(tmp_path):
+    path = written(tmp_path / "new" / "model.safetensors")
+    header = checkpoint.read_header(path)
+    assert header == HEADER | {"format": checkpoint.FORMAT}
+    module = checkpoint.build(linear, header["config"], path)
+    assert module.weight.tolist() == [[0, 1, 2], [3, 4, 5]] and not module.training
+    assert isinstance(module.weight, nn.Parameter)
+    half = checkpoint.build(linear, header["config"], path, dtype=torch.float16)
+    assert half.bias.dtype == torch.float16
+
+
+def test_half_precision_files_are_opened_in_float32(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, {"weight": torch.ones(2, 3).half(), "bias": torch.ones(2).half()}, HEADER)
+    assert checkpoint.build(linear, HEADER["config"], path).weight.dtype == torch.float32
+
+
+def test_equal_models_are_equal_bytes(tmp_path):
+    first, second = written(tmp_path / "a.safetensors"), written(tmp_path / "b.safetensors")
+    assert first.read_bytes() == second.read_bytes()
+    assert str(tmp_path).encode() not in first.read_bytes()
+
+
+def test_others_may_read_the_file_as_far_as_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert written(tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = written(tmp_path / "model.safetensors")
+    before = path.read_bytes()
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        written(path, licence="another")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_not_what_is_needed(tmp_path):
+    def refused(path, sentence, error=ValueError, **options):
+        with pytest.raises(error, match=sentence):
+            checkpoint.read_header(path, **options)
+    refused(tmp_path / "nowhere.safetensors", "is not there", FileNotFoundError)
+    refused(tmp_path, "is not there", FileNotFoundError)
+    page = tmp_path / "page.safetensors"
+    page.write_text("<html>not found</html>")
+    refused(page, "is not a readable .safetensors file")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.ones(2)}, foreign, metadata={"format": "pt"})
+    refused(foreign, "is not a model file of this project: convert it first")
+    newer = tmp_path / "newer.safetensors"
+    header = json.dumps(HEADER | {"format": checkpoint.FORMAT + 1})
+    save_file({"weight": torch.ones(2)}, newer, metadata={checkpoint.KEY: header})
+    refused(newer, "update the code")
+    refused(written(tmp_path / "model.safetensors"),
+            r"holds a sd2 model, but what is needed here is dinov2 \(from convert_sd2.py\)",
+            kinds=("dinov2",))
+
+
+@pytest.mark.parametrize("config, sentence", [
+    (dict(in_features=3, out_features=2, bias=False), "1 tensors are missing or unknown, bias"),
+    (dict(in_features=4, out_features=2), r"weight has shape \(2, 3\), but .* needs \(2, 4\)"),
+])
+def test_files_that_do_not_fit_their_header(tmp_path, config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        checkpoint.build(linear, config, written(tmp_path / "model.safetensors"))
