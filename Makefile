@@ -29,7 +29,7 @@ miniature: .venv/ready
 	$(PY) train_stage1.py --sd2 weights/miniature_sd2.safetensors \
 	  --dinov2 weights/miniature_dinov2.safetensors --data $(SCENES)/hypersim \
 	  --vkitti $(SCENES)/vkitti --vkitti-crop 96 336 --cache runs/cache --precision bfloat16 \
-	  --batch 8 --micro-batch 8 --lr 1e-3 --steps 10000 --decay-steps 10000 \
+	  --batch 8 --micro-batch 8 --lr 1e-3 --steps 10500 --decay-steps 10500 \
 	  --validate-every 1000 --validate-images 48 --out runs/miniature/stage1
 	$(PY) -m miniature.pretrain publish --ckpt runs/miniature/stage1/model.safetensors
 

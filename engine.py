@@ -242,8 +242,11 @@ class Progress:
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {rate:.1e}, {speed:.2f} samples/s")
         self.sums, self.count, self.since = {}, 0, now
 
-    def close(self):
-        self.bar.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()  # before the error's sentence is printed
 
 
 # ---------------------------------------------------------------------------- options

@@ -181,19 +181,19 @@ def main():
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            engine.say(f"Replaced a bad sample: {reason}"))
     runner = engine.parallel(objective, ranks)
-    progress = engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks)
-    for step in range(first, args.steps):
-        rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
-        engine.set_learning_rate(optimizer, rate)
-        losses = engine.optimizer_step(runner, batches, sampler.micro_batch_count(step),
-                                       args.batch, weights, optimizer, ranks, dtype)
-        done = step + 1
-        progress.report(done, losses, rate)
-        if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
-            check(done)
-        if ranks.first and (done == args.steps or done % args.save_every == 0):
-            save(done)
-    progress.close()
+    with engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress:
+        for step in range(first, args.steps):
+            rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
+            engine.set_learning_rate(optimizer, rate)
+            losses = engine.optimizer_step(runner, batches, sampler.micro_batch_count(step),
+                                           args.batch, weights, optimizer, ranks, dtype)
+            done = step + 1
+            last = done == args.steps
+            progress.report(done, losses, rate)
+            if ranks.first and held_out and (last or done % args.validate_every == 0):
+                check(done)
+            if ranks.first and (last or done % args.save_every == 0):
+                save(done)
     engine.stop()
 
 

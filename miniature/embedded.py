@@ -13,11 +13,12 @@ SD2 = WEIGHTS / "miniature_sd2.safetensors"
 DINOV2 = WEIGHTS / "miniature_dinov2.safetensors"
 TRAINED = WEIGHTS / "miniature.safetensors"
 SCENES = Path(__file__).resolve().parent / "scenes"
-FRAMES = dict(train=1000, val=48, streets_train=100, streets_val=8)
+FRAMES = dict(train=900, val=48, streets_train=60, streets_val=8)
 
 # A run of minutes on two cores in place of the paper's days.
-STAGE1 = dict(steps=700, batch=8, micro_batch=8, lr=1e-3, warmup=50, decay_steps=1000,
-              vkitti_crop=(96, 336), validate_every=350, save_every=350)
+STAGE1 = dict(steps=1000, batch=8, micro_batch=8, lr=1e-3, warmup=50, decay_steps=1000,
+              vkitti_crop=(96, 336), cache=Path(__file__).resolve().parent / "cache",
+              validate_every=500, save_every=500)
 
 
 def scenes():

@@ -144,10 +144,9 @@ def test_log_drops_what_lies_beyond_the_resumed_step(tmp_path):
 
 def test_progress_logs_means_since_the_last_row(tmp_path):
     log = engine.Log(tmp_path, 0, ALONE)
-    progress = engine.Progress(0, 3, 8, 2, log, ALONE)
-    for step, loss in enumerate((1.0, 3.0, 5.0), start=1):
-        progress.report(step, {"loss": loss}, 0.1)
-    progress.close()
+    with engine.Progress(0, 3, 8, 2, log, ALONE) as progress:
+        for step, loss in enumerate((1.0, 3.0, 5.0), start=1):
+            progress.report(step, {"loss": loss}, 0.1)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"], row["lr"]) for row in rows] == [(2, 2.0, 0.1), (3, 5.0, 0.1)]
     assert all(row["samples_per_second"] > 0 for row in rows)
