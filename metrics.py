@@ -52,9 +52,10 @@ def align(pred, depth_m, valid, space, negative="clamp"):
 
     pred may also be an array, as `DepthMaster.predict` returns it. The fit takes the valid pixels
     and, in the two disparity spaces, of these the ones predicted above 0: an exact 0 was clipped
-    there and could be anything farther. Where the prediction cannot fix scale and shift (fewer than two such pixels, or all of the same value), the result
-    is the flat map at the mean of the truth in `space` over the valid pixels. In the depth space
-    the result may be 0 or negative; `score` clips it to the data set's range.
+    there and could be anything farther. Where the prediction cannot fix scale and shift (fewer than
+    two such pixels, or all of the same value), the result is the flat map at the mean of the truth
+    in `space` over the valid pixels. In the depth space the result may be 0 or negative; `score`
+    clips it to the data set's range.
     """
     _check_choice("space", space, SPACES)
     _check_choice("negative", negative, NEGATIVE)
