@@ -2,6 +2,7 @@
 
     python convert_sd2.py stable-diffusion-2          # diffusers folder -> weights/sd2.safetensors
     python convert_sd2.py v2-1_768-ema-pruned.ckpt    # the same from a single file
+    python convert_sd2.py DepthMaster                 # as released -> weights/stage2.safetensors
     python convert_sd2.py dinov2_vitg14_pretrain.pth  # -> weights/dinov2_vitg14.safetensors
     python convert_sd2.py runs/stage1/model.safetensors --export diffusers --out stage1_diffusers
 
@@ -23,6 +24,9 @@ from nets.official import fit, open_source
 from nets.text import TextEncoder
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
+
+MODELS = {"sd2": "Stable Diffusion 2", "stage1": "DepthMaster, stage 1",
+          "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2"}
 
 
 def main():
@@ -46,7 +50,7 @@ def main():
 
 
 def convert(path, out=None, dtype=torch.float32):
-    """Converts a file or folder of Stable Diffusion 2 or DINOv2; the path of what was written."""
+    """Converts a file or folder of one of MODELS; the path of what was written."""
     source = open_source(path)
     report(source)
     check_out(out, source)
@@ -108,7 +112,7 @@ def text_constant(source, path):
     with torch.device("meta"):
         encoder = TextEncoder(**sizes)
     encoder.load_state_dict(tensors, assign=True)
-    return encoder.empty_prompt(), dict(kind="sd2", licence=source.licence, config={})
+    return encoder.empty_prompt(), dict(kind=source.kind, licence=source.licence, config={})
 
 
 def export(path, folder, dtype=torch.float32):
@@ -122,8 +126,7 @@ def export(path, folder, dtype=torch.float32):
 
 def report(source):
     """Says what was found."""
-    engine.say(f"{'DINOv2' if source.kind == 'dinov2' else 'Stable Diffusion 2'}: {source.layout}, "
-               f"{source.licence}")
+    engine.say(f"{MODELS[source.kind]}: {source.layout}, {source.licence}")
     for part in source.parts.values():
         tensors = part.tensors.values()
         precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})

@@ -37,8 +37,13 @@ def run(main):
 
 def say(text):
     """A line for the person who waits (standard error), from the first rank only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         print(text, file=sys.stderr, flush=True)
+
+
+def is_first():
+    """Whether this process is the first rank, or alone; before `start`, too."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 # ---------------------------------------------------------------------------- devices and ranks
@@ -108,6 +113,7 @@ def learning_rate(step, peak, warmup=100, decay_steps=25_000, final=0.01):
     Linear from 0 over the warm-up, then exponential to `final` of the peak at `decay_steps`,
     constant after.
     """
+    # Deviation: the paper is silent; this is the released code's schedule.
     if step < warmup:
         return peak * step / warmup
     return peak * final ** min((step - warmup) / max(decay_steps - warmup, 1), 1.0)
@@ -129,7 +135,8 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
                 losses = objective(batch)
             total = sum(weights[name] * losses[name].sum() for name in weights)
-            # DDP divides by the number of ranks; the samples of a step are counted over all ranks.
+            # Deviation: a mean over the step's samples, not over micro-batches. DDP divides by the
+            # number of ranks; the samples of a step are counted over all ranks.
             (total * ranks.world / samples).backward()
         sums += torch.stack([losses[name].detach().sum().double() for name in weights])
     optimizer.step()
@@ -153,8 +160,9 @@ def set_learning_rate(optimizer, value):
 # ---------------------------------------------------------------------------- the run folder
 
 
-def save_state(folder, state):
-    """Writes what resuming takes (tensors and plain types): beside first, then renamed."""
+def save_state(folder, step, trained, optimizer):
+    """Writes what resuming takes: the steps done, the trained module and the optimizer."""
+    state = {"step": step, "trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
     path = Path(folder) / STATE
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -162,6 +170,18 @@ def save_state(folder, state):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def resume(folder, state, trained, optimizer, steps):
+    """Puts back what `open_run` returned; the number of steps that are done, of `steps`."""
+    if state is None:
+        return 0
+    trained.load_state_dict(state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    done = state["step"]
+    say(f"{folder} is finished: it has all its {done} steps." if done == steps
+        else f"Resuming {folder} at step {done} of {steps}.")
+    return done
 
 
 def open_run(folder, options, ranks):

@@ -22,6 +22,7 @@ import engine
 import metrics
 from data.benchmarks import BENCHMARKS, find_benchmarks, locate, open_benchmark
 from data.predictions import read_prediction
+from data.transforms import normalise_target
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster
 
@@ -31,6 +32,9 @@ COLUMNS = {  # score: heading, factor and digits of what is printed
     "rmse_log": ("RMSElog", 1, 3), "log10": ("log10", 1, 4), "irmse": ("iRMSE", 1, 4),
     "silog": ("SILog", 1, 2), "boundary_f1": ("F1", 100, 2),
 }
+
+# Table II's rows: time steps of the passes; i2l has none, there the autoencoder gets the truth.
+PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": ()}
 
 
 def options():
@@ -57,11 +61,16 @@ def options():
     add("--f1-mask", choices=metrics.F1_MASKS, default="pair",
         help="pixels of an edge that must be valid; owner: as the released code (%(default)s)")
     add("--processing-res", type=int, help="longest side in prediction, 0: native (the set's)")
+    add("--paradigm", choices=PARADIGMS, default="single", help="Table II; iterative: four passes, "
+        "each on the last one's output; i2l: the truth through the autoencoder (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="float32",
         help="of the model (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--out", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.predictions and args.paradigm != "single":
+        parser.error("--paradigm is about a model (--ckpt), not about saved predictions")
+    return args
 
 
 def open_sets(root, names, depth_scale, vkitti_crop):
@@ -91,8 +100,17 @@ def open_model(path, device, precision):
     return model.for_inference(device, precision)
 
 
-def model_predictor(model, processing_res):
-    return lambda sample: model.predict(sample["image"].permute(1, 2, 0).numpy(), processing_res)
+def model_predictor(model, processing_res, paradigm):
+    """sample -> prediction, in one of the ways of PARADIGMS."""
+    def of_image(sample):
+        image = sample["image"].permute(1, 2, 0).numpy()
+        return model.predict(image, processing_res, PARADIGMS[paradigm])
+
+    def of_truth(sample):
+        target = normalise_target(sample["depth"], sample["valid"], model.target, sample["name"])
+        return model.round_trip(target, processing_res)
+
+    return of_truth if paradigm == "i2l" else of_image
 
 
 def saved_predictor(folder):
@@ -182,6 +200,7 @@ def describe(result):
         longest = result["processing_res"]
         yield f"processed at {f'{longest} px (longest side)' if longest else 'the native size'}"
         yield f"precision {result['precision']}"
+        yield f"paradigm {result['paradigm']}"
     yield f"negative disparities: {result['align_negative']}; F1 mask: {result['f1_mask']}"
 
 
@@ -217,7 +236,7 @@ def main():
         else:
             choices = (args.processing_res, BENCHMARKS[name].processing_res, model.processing_res)
             longest = next(choice for choice in choices if choice is not None)
-            predict = model_predictor(model, longest)
+            predict = model_predictor(model, longest, args.paradigm)
         images, skipped = score_set(name, reader, predict, spaces, args.align_negative,
                                     args.f1_mask, args.limit, args.skip_bad)
         rows += [(name, image.image, *image.scores[align].values()) for image in images]
@@ -225,7 +244,8 @@ def main():
             images=len(images), expected_images=reader.expected, skipped=skipped,
             limit=args.limit, align=align, align_negative=args.align_negative,
             f1_mask=args.f1_mask, f1_resolution=describe_sizes(images), processing_res=longest,
-            precision=precision, **mean_in(images, align),
+            precision=precision, paradigm=args.paradigm if model else None,
+            **mean_in(images, align),
             other_alignments={space: mean_in(images, space) for space in spaces[1:]})
         write_results(args.out, results, rows)  # after each set: a later one may fail
     print_table(results)

@@ -30,6 +30,7 @@ def to_depth(aligned, space, negative="clamp"):
     if space == "depth":
         return aligned
     if space == "sqrt_disparity":
+        # Deviation: clamped by default, not squared.
         aligned = (aligned.clamp(min=0) if negative == "clamp" else aligned).square()
     return aligned.clamp(min=MIN_DISPARITY).reciprocal()
 
@@ -151,6 +152,7 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     directions = zip(_neighbours(near_p), _neighbours(near_d), _neighbours(valid))
     for (here_p, there_p), (here_d, there_d), (here_valid, there_valid) in directions:
         ratio_p, ratio_d = there_p / here_p, there_d / here_d
+        # Deviation: by default both pixels must be valid, not the pair's own alone.
         counts = here_valid if mask == "owner" else here_valid & there_valid
         # Few pixels lie at an edge of any strength: only these are sorted into the ten strengths.
         at_edge = (counts & (torch.maximum(ratio_p, ratio_d) > t[0])).flatten().nonzero()[:, 0]

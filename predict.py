@@ -105,7 +105,7 @@ def open_model(path, device, precision):
     model = DepthMaster.from_file(path)
     if model.kind == "sd2":
         engine.say(f"warning: {path} was never trained for depth; its results mean nothing.")
-    if model.target != "sqrt_disparity":
+    if model.target != "sqrt_disparity":  # Deviation: released, there is no other target
         engine.say(f"{path} predicts {model.target}: converted to square-root disparity as if the "
                    f"farthest point were {FAR_TO_NEAR} times as far as the nearest.")
     return model.for_inference(device, precision)

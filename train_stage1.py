@@ -25,7 +25,7 @@ from losses.latent import cells_to_pixels, latent_loss, valid_cells
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from validation import validate
+from validation import check
 
 
 class Stage1(nn.Module):
@@ -81,6 +81,7 @@ def options():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 1").add_argument
     add("--sd2", type=Path, help="weights to start from (weights/sd2.safetensors)")
+    # Deviation: DINOv2 by default, not Depth-Anything-V2's encoder.
     add("--dinov2", type=Path, help="encoder to align with (weights/dinov2_vitg14.safetensors)")
     add("--out", type=Path, default=Path("runs/stage1"), help="run folder (%(default)s)")
     add("--target", choices=TARGETS, default="sqrt_disparity", help="to regress, Table III "
@@ -146,13 +147,7 @@ def main():
                                      args.rgb_resize)
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
     state = engine.open_run(args.out, engine.decisive(vars(args)), ranks)
-    first = 0
-    if state:
-        trained.load_state_dict(state["trained"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        engine.say(f"{args.out} is finished: it has all its {first} steps." if first == args.steps
-                   else f"Resuming {args.out} at step {first} of {args.steps}.")
+    first = engine.resume(args.out, state, trained, optimizer, args.steps)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
                         depth_scale=args.depth_scale, autocast=str(dtype))
@@ -161,19 +156,6 @@ def main():
                               getattr(torch, args.cache_precision), args.workers, ranks)
     if args.compile:
         objective.unet.compile()
-
-    def save(step):
-        engine.save_state(args.out, {"step": step, "trained": trained.state_dict(),
-                                     "optimizer": optimizer.state_dict()})
-        model.save(args.out / "model.safetensors")
-
-    def check(step):
-        picture = args.out / "pictures" / f"{step:06d}.png"
-        scores = validate(model, held_out, args.validate_images, dtype, picture)
-        log.write({"step": step, "validation": scores})
-        engine.say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
-                   f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
-                   f"see {picture}.")
 
     log = engine.Log(args.out, first, ranks)
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
@@ -191,9 +173,10 @@ def main():
             last = done == args.steps
             progress.report(done, losses, rate)
             if ranks.first and held_out and (last or done % args.validate_every == 0):
-                check(done)
+                check(model, held_out, args.validate_images, dtype, args.out, done, log)
             if ranks.first and (last or done % args.save_every == 0):
-                save(done)
+                engine.save_state(args.out, done, trained, optimizer)
+                model.save(args.out / "model.safetensors")
     engine.stop()
 
 

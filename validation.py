@@ -6,12 +6,23 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+import engine
 from data.pictures import comparison
 from metrics import align, evaluate_dataset, mean_scores
 
 # What predictions of Hypersim's and of unknown scenes are clipped to, in metres.
 MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 65.0
 SHOWN = 4  # images on a picture
+
+
+def check(model, reader, images, dtype, folder, step, log):
+    """Validates, after a step, into the run folder: a picture, a row of the log, a line to read."""
+    picture = folder / "pictures" / f"{step:06d}.png"
+    scores = validate(model, reader, images, dtype, picture)
+    log.write({"step": step, "validation": scores})
+    engine.say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
+               f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
+               f"see {picture}.")
 
 
 def validate(model, reader, images, dtype, picture=None):

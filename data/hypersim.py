@@ -74,6 +74,7 @@ class Hypersim:
     def __getitem__(self, i):
         """A sample; raises BadSample, or FilteredSample if the filter rejects it."""
         entity_id, distance_m = self._read_geometry(i)
+        # Deviation: the scene's own rays where they are known, not one focal length for all.
         depth_m, valid = planar_depth(distance_m, entity_id, self.cameras.get(self.frames[i][0]))
         image = self._read_image(i, entity_id)
         if self.filter:

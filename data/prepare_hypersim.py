@@ -123,6 +123,7 @@ def to_millimetres(depth_m, valid):
 
     A valid depth is below 65 m, so nothing wraps round at 65.536 m.
     """
+    # Deviation: the usual script's depths wrap round.
     return np.rint(np.where(valid[0], depth_m[0], 0) * 1000).astype(np.uint16)
 
 

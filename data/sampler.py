@@ -26,6 +26,7 @@ def draw_step(seed, step, batch, probabilities):
     source is the number of the data set that the place draws, with the given probabilities; flip
     says whether the sample is mirrored left to right (p = 0.5).
     """
+    # Deviation: a pure function of (seed, step); the released code's loader shuffles.
     uniform = random_stream(seed, DRAW_STREAM, step).random((2, batch))
     thresholds = np.cumsum(probabilities) / np.sum(probabilities)
     source = np.searchsorted(thresholds[:-1], uniform[0], side="right")

@@ -51,5 +51,6 @@ def feature_alignment_loss(adapted, target, kind="kl"):
     adapted, target = adapted.float(), target.float()
     if kind == "cosine":
         return 1 - F.cosine_similarity(adapted, target, dim=-1).mean(dim=1)
+    # Deviation: the reduction is not stated.
     log_p, log_q = F.log_softmax(target, dim=-1), F.log_softmax(adapted, dim=-1)
     return (log_p.exp() * (log_p - log_q)).mean(dim=(1, 2))

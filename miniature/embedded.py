@@ -19,11 +19,15 @@ FRAMES = dict(train=900, val=48, streets_train=60, streets_val=8)
 STAGE1 = dict(steps=1000, batch=8, micro_batch=8, lr=1e-3, warmup=50, decay_steps=1000,
               vkitti_crop=(96, 336), cache=Path(__file__).resolve().parent / "cache",
               validate_every=500, save_every=500)
+STAGE2 = dict(steps=120, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=120,
+              vkitti_crop=(96, 336), validate_every=60, save_every=60)
 
 
 def scenes():
     """Renders the scenes that are absent; returns the folder that holds hypersim/ and vkitti/."""
-    render.ensure(SCENES, **FRAMES)
+    if engine.is_first():
+        render.ensure(SCENES, **FRAMES)
+    engine.wait()
     return SCENES
 
 
@@ -38,7 +42,8 @@ def training_data(data, vkitti):
     if data or vkitti:
         return data, vkitti
     engine.say(f"No --data: training on the embedded scenes in {SCENES}.")
-    return scenes() / "hypersim", scenes() / "vkitti"
+    folder = scenes()
+    return folder / "hypersim", folder / "vkitti"
 
 
 def base_weights(data_given, sd2):
@@ -53,6 +58,21 @@ def base_weights(data_given, sd2):
     if not data_given:
         engine.say(f"No --sd2: starting from the embedded miniature, {SD2.name}.")
     return official if data_given else SD2
+
+
+def stage1_weights(data_given, ckpt):
+    """The file to start stage 2 from: as given, else stage 1's (without data: the miniature's)."""
+    if ckpt:
+        return ckpt
+    if not data_given:
+        engine.say(f"No --ckpt: starting from the embedded miniature, {SD2.name}.")
+        return SD2
+    stage1 = Path("runs/stage1/model.safetensors")
+    if not stage1.exists():
+        raise FileNotFoundError(
+            f"{stage1} is not there: run train_stage1.py first, or give its model with --ckpt (to "
+            "train in one stage: --ckpt weights/sd2.safetensors).")
+    return stage1
 
 
 def teacher_weights(sd2, dinov2):

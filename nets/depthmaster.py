@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import checkpoint
+from nets.fourier import FourierEnhancement
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
@@ -27,7 +28,7 @@ class DepthMaster(nn.Module):
     def __init__(self, *, vae=None, unet=None, target="sqrt_disparity", train_size=(480, 640),
                  processing_res=768):
         super().__init__()
-        self.config = dict(vae=vae or {}, unet=unet or {}, target=target,
+        self.config = dict(vae=dict(vae or {}), unet=dict(unet or {}), target=target,
                            train_size=list(train_size), processing_res=processing_res)
         self.kind, self.sources, self.licence = "sd2", [], ""
         self.target, self.train_size = target, tuple(train_size)
@@ -51,6 +52,11 @@ class DepthMaster(nn.Module):
         self.train_size = tuple(train_size or self.train_size)
         self.config.update(target=self.target, train_size=list(self.train_size))
 
+    def add_fourier(self, init="default"):
+        """Gives the U-Net the Fourier Enhancement block of stage 2, newly initialised."""
+        self.unet.fourier = FourierEnhancement(self.unet.channels[-1], init)
+        self.config["unet"]["fourier"] = True
+
     def save(self, path, dtype=torch.float32):
         """Writes a self-contained model file."""
         tensors = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
@@ -71,14 +77,16 @@ class DepthMaster(nn.Module):
         layout = torch.channels_last if cuda else torch.contiguous_format
         return self.to(device=device, dtype=dtype, memory_format=layout).eval()
 
-    def forward(self, image):
+    def forward(self, image, timesteps=(1,)):
         """image B,3,H,W in [-1,1] -> depth map B,1,8h,8w, clipped to [-1,1] (Eq. 1-2).
 
         h, w are H/8, W/8 rounded down. float32 in, float32 out, whatever the weights' precision.
+        timesteps: of the passes, each of which starts from the last one's output; the method has
+        one, at t = 1 (no noise, no scheduler: the output is the latent).
         """
-        dtype = self.unet.conv_in.weight.dtype
-        latent = self.vae.encode(image.to(dtype))
-        latent, _ = self.unet(latent)  # t = 1, no noise, no scheduler: the output is the latent
+        latent = self.vae.encode(image.to(self.unet.conv_in.weight.dtype))
+        for timestep in timesteps:
+            latent, _ = self.unet(latent, timestep=timestep)
         return self.decode_depth(latent).float().clamp(-1, 1)
 
     def decode_depth(self, latent):
@@ -86,30 +94,52 @@ class DepthMaster(nn.Module):
         return self.vae.decode(latent).mean(dim=1, keepdim=True)
 
     @torch.inference_mode()
-    def predict(self, image, processing_res=None):
+    def predict(self, image, processing_res=None, timesteps=(1,)):
         """image uint8 H,W,3 -> float32 H,W in [0,1], `target` up to scale and shift.
 
         processing_res: longest side while processing; None: the model's own, 0: the image's.
+        timesteps: as in `forward`.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be uint8 of shape H,W,3, not {image.dtype} of shape "
                              f"{image.shape}.")
-        height, width = image.shape[:2]
-        longest = self.processing_res if processing_res is None else processing_res
-        device = self.unet.conv_in.weight.device
-        x = torch.from_numpy(np.ascontiguousarray(image)).to(device)  # a mirrored view, too
+        x = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)  # a mirrored view, too
         # 1,3,H,W in 0..255. contiguous: as a view of H,W,3 it would pass for channels-last where no
         # resize follows, and the CPU's GroupNorm is 30 times less exact on that.
         x = x.permute(2, 0, 1)[None].float().contiguous()
-        if longest:
-            size = [side * longest // max(height, width) for side in (height, width)]
-            x = resize(x, [max(side, 1) for side in size])
-            x = x.round().clamp(0, 255)  # to 8 bits, as a saved picture would be
-        if min(x.shape[2:]) < 8:
-            raise ValueError(f"an image of {height} x {width} pixels is too thin: after resizing "
-                             "both sides must have at least 8 pixels.")
-        depth = (self(x / 127.5 - 1) + 1) / 2
-        return resize(depth, (height, width))[0, 0].clamp(0, 1).cpu().numpy()
+        size = self.processing_size(image.shape[:2], processing_res)
+        x = resize(x, size).round().clamp(0, 255)  # to 8 bits, as a saved picture would be
+        return to_unit_map(self(x / 127.5 - 1, timesteps), image.shape[:2])
+
+    @torch.inference_mode()
+    def round_trip(self, target, processing_res=None):
+        """A normalised target 1,H,W in [-1,1], encoded and decoded -> float32 H,W in [0,1].
+
+        What the autoencoder alone leaves of the truth: the I2L row of Table II.
+        """
+        size = self.processing_size(target.shape[1:], processing_res)
+        x = F.interpolate(target[None].to(self.device), size=size, mode="nearest-exact")
+        latent = self.vae.encode(x.expand(-1, 3, -1, -1).to(self.unet.conv_in.weight.dtype))
+        return to_unit_map(self.decode_depth(latent).float().clamp(-1, 1), target.shape[1:])
+
+    def processing_size(self, size, processing_res=None):
+        """(height, width) at which a picture of another size is processed, as in `predict`."""
+        longest = self.processing_res if processing_res is None else processing_res
+        # Deviation: whole numbers, where a ratio in floating point can lose a pixel.
+        processed = [max(side * longest // max(size), 1) if longest else side for side in size]
+        if min(processed) < 8:
+            raise ValueError(f"an image of {size[0]} x {size[1]} pixels is too thin: after "
+                             "resizing both sides must have at least 8 pixels.")
+        return processed
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+
+def to_unit_map(depth, size):
+    """Depth map 1,1,h,w in [-1,1] -> float32 array of another size (H, W) in [0,1]."""
+    return resize((depth + 1) / 2, size)[0, 0].clamp(0, 1).cpu().numpy()
 
 
 def resize(x, size):

@@ -95,6 +95,9 @@ UNET_DIFFUSERS = [
     *under("up_blocks.#.resnets.#", "up.#.resnets.#", RESNET),
     *under("up_blocks.#.attentions.#", "up.#.attentions.#", TRANSFORMER),
     ("up_blocks.#.upsamplers.0.conv", "up.#.resize"),
+    # The released DepthMaster's stage 2 block; plain Stable Diffusion has none.
+    *under("fftblock", "fourier",
+           same("norm conv_f1 conv_f2 conv_f4 conv_s1 conv_s2 conv_f3 fuse")),
 ]
 
 # ----------------------------------------------------------------------------- U-Net, single file

@@ -1,4 +1,4 @@
-"""Opens the official files of Stable Diffusion 2 and DINOv2, whatever their layout.
+"""Opens the official files of Stable Diffusion 2, DepthMaster and DINOv2, whatever their layout.
 
 What a file holds is told by its tensors' names. `open_source` finds the networks in a file or
 folder, `fit` brings one of them to our names and shapes and accounts for every tensor. Files are
@@ -25,6 +25,8 @@ from nets.vae import AutoencoderKL
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder, "dinov2": DINOv2}
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 TEXT_CONSTANT = "text_embedding.safetensors"  # beside unet/ and vae/ in a folder that we wrote
+ADAPTER = "dinov2_adapter.pth"  # beside or in unet/ where the released code saved its stage 1
+ADAPTER_NAMES = {f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")}
 
 # Tensors that may lie in a source and that nobody needs; patterns of whole names.
 TEXT_EXTRAS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale|attn_mask"
@@ -32,13 +34,13 @@ SINGLE_FILE_EXTRAS = (r"model_ema\..*|betas|alphas_cumprod(_prev)?|posterior_.*|
                       r"|log_one_minus_alphas_cumprod|lvlb_weights")
 DEPTH_ANYTHING_EXTRAS = r"depth_head\..*"
 SD2_LICENCE = "CreativeML Open RAIL++-M (Stable Diffusion 2)"
+DEPTHMASTER_LICENCE = f"{SD2_LICENCE}, trained on by DepthMaster's authors: see their page"
 
 # What is in the names of models that users take for one of those that can be converted.
 OTHER_MODELS = {
     "conditioner.": "this is Stable Diffusion XL, and only 2 and 2.1 fit",
     "cond_stage_model.transformer.": "this is Stable Diffusion 1, and only 2 and 2.1 fit",
     "register_tokens": "this is DINOv2 with registers, and only the plain one fits",
-    "fftblock.": "this is the released DepthMaster, whose layout is not read yet",
     "lora_": "this is a LoRA, not a whole model",
 }
 
@@ -57,7 +59,7 @@ class Part:
 class Source:
     """What a file or folder turned out to hold."""
 
-    kind: str  # "sd2" or "dinov2"
+    kind: str  # "sd2", "stage1", "stage2" or "dinov2"
     layout: str  # in words
     parts: dict  # of Part, by network
     files: dict  # path by name
@@ -167,6 +169,9 @@ def open_diffusers(folder):
         if net == "text" and (exported or not (folder / name).is_dir()):
             continue
         stems = ("model", "pytorch_model") if net == "text" else ("diffusion_pytorch_model",)
+        if net == "vae" and not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder} holds unet/ only, as trainers save it: put vae/ and "
+                                    "text_encoder/ of its Stable Diffusion 2 beside it.")
         file = weights_file(folder / name, *stems)
         origin = f"{name}/{file.name}"
         tensors, files[origin] = read_tensors(file), file
@@ -175,7 +180,22 @@ def open_diffusers(folder):
         parts[net] = Part(net, origin, tensors, read_settings(file))
     if exported:
         files[TEXT_CONSTANT] = exported
-    return Source("sd2", "a diffusers folder", parts, files, SD2_LICENCE, ignored, exported)
+    kind = "stage2" if "fftblock.norm.weight" in parts["unet"].tensors else "sd2"
+    adapter = next((file for file in (folder / ADAPTER, folder / "unet" / ADAPTER)
+                    if file.is_file()), None)
+    if adapter and kind == "sd2":
+        kind, files[ADAPTER] = "stage1", adapter
+        ignored += adapter_names(adapter)
+    licence = SD2_LICENCE if kind == "sd2" else DEPTHMASTER_LICENCE
+    return Source(kind, "a diffusers folder", parts, files, licence, ignored, exported)
+
+
+def adapter_names(file):
+    """Names of a stage 1 adapter's tensors, which training needs and a prediction does not."""
+    names = set(read_pickle(file))
+    if names != ADAPTER_NAMES:
+        raise mismatch(file.name, sorted(names - ADAPTER_NAMES), sorted(ADAPTER_NAMES - names))
+    return sorted(f"{file.name}: {name}" for name in names)
 
 
 def open_single_file(file, tensors):

@@ -78,7 +78,8 @@ def unet_sizes(shapes):
         channels=[shapes[f"down.{i}.resnets.0.conv1.weight"][0] for i in levels],
         layers=count("down.0.resnets.#", shapes),
         attention=[f"down.{i}.attentions.0.norm.weight" in shapes for i in levels],
-        text_width=shapes["mid.attention.cross_attention.k.weight"][1], groups=32)
+        text_width=shapes["mid.attention.cross_attention.k.weight"][1], groups=32,
+        fourier=any(name.startswith("fourier.") for name in shapes))
 
 
 def vae_sizes(shapes):

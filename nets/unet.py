@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from nets import recompute
+from nets.fourier import FourierEnhancement
 
 
 def timestep_embedding(timestep, width):
@@ -146,11 +148,12 @@ class UNet(nn.Module):
     channels: widths per level, finest first; every level but the last halves the size.
     attention: which levels have transformers (the middle always has one); heads: per level.
     layers: resnets per level on the way down (one more on the way up).
+    fourier: whether the Fourier Enhancement block of stage 2 follows the middle block.
     """
 
     def __init__(self, *, in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), layers=2,
                  attention=(True, True, True, False), heads=(5, 10, 20, 20), text_width=1024,
-                 text_tokens=2, groups=32):
+                 text_tokens=2, groups=32, fourier=False):
         super().__init__()
         self.channels = tuple(channels)
         self.checkpoint_activations = False
@@ -168,6 +171,7 @@ class UNet(nn.Module):
                                    stride=2 if level < last else None))
             skips += [width] * (layers + (level < last))
         self.mid = Middle(channels[-1], *common, heads[-1], groups)
+        self.fourier = FourierEnhancement(channels[-1]) if fourier else None
         below = channels[-1]
         for level in reversed(range(len(channels))):
             widths = [below + skips.pop()]
@@ -215,6 +219,8 @@ class UNet(nn.Module):
                 skips.append(x)
             features[f"down{level}"] = x
         x = features["mid"] = self._run(self.mid, x, time, text)
+        if self.fourier is not None:
+            x = self._run(self.fourier, x)
         for block in self.up:
             for index in range(len(block.resnets)):
                 x = torch.cat([x, skips.pop()], dim=1)
@@ -225,7 +231,4 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x))), features[feature]
 
     def _run(self, function, *inputs):
-        """Calls the function; in training, if wanted, recomputes its activations for gradients."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False)
-        return function(*inputs)
+        return recompute.run(function, *inputs, recompute=self.checkpoint_activations)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from nets import recompute
+
 
 class Resnet(nn.Module):
     """Two 3x3 convolutions with a skip: B,C_in,H,W -> B,C_out,H,W."""
@@ -85,12 +87,15 @@ class Up(nn.Module):
         self.resnets = nn.ModuleList(Resnet(a, b, groups) for a, b in pairs)
         self.upsample = None if last else nn.Conv2d(out_channels, out_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x, checkpoint_activations=False):
         for resnet in self.resnets:
-            x = resnet(x)
+            x = recompute.run(resnet, x, recompute=checkpoint_activations)
         if self.upsample is not None:
-            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = recompute.run(self.enlarge, x, recompute=checkpoint_activations)
         return x
+
+    def enlarge(self, x):
+        return self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Encoder(nn.Module):
@@ -122,6 +127,7 @@ class Decoder(nn.Module):
     def __init__(self, channels, layers, image_channels, latent_channels, groups):
         super().__init__()
         channels = tuple(reversed(channels))
+        self.checkpoint_activations = False
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.mid = Middle(channels[0], groups)
         inputs = (channels[0],) + channels[:-1]
@@ -133,9 +139,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid(self.conv_in(z))
+        x = recompute.run(self.mid, self.conv_in(z), recompute=self.checkpoint_activations)
         for block in self.up:
-            x = block(x)
+            x = block(x, self.checkpoint_activations)
+        return recompute.run(self.tail, x, recompute=self.checkpoint_activations)
+
+    def tail(self, x):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -1,18 +1,21 @@
 """convert_sd2.py on small files and folders of every official layout."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import convert_sd2
-from nets import checkpoint
+from nets import checkpoint, layouts
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from tests.fixtures.sources import (converted, diffusers_folder, facebook_tensors, run,
-                                    single_file_tensors, source, write_diffusers, write_network,
-                                    write_tensors)
+from nets.unet import UNet
+from tests.fixtures.fourier_in_numpy import enhance
+from tests.fixtures.sources import (converted, diffusers_folder, facebook_tensors, fourier_tensors,
+                                    run, single_file_tensors, source, write_diffusers,
+                                    write_network, write_released, write_tensors)
 from tests.fixtures.weights import names_and_shapes, noise, relative_error, stored
 
 
@@ -32,7 +35,7 @@ def test_diffusers_folder(converted):
         "text_encoder/model.safetensors"]
     assert model.config["unet"] == dict(
         in_channels=3, out_channels=3, channels=[16, 24, 32], layers=1, heads=[1, 2, 4], groups=4,
-        attention=[False, True, True], text_width=128, text_tokens=2)
+        attention=[False, True, True], text_width=128, text_tokens=2, fourier=False)
     assert model.config["vae"] == dict(
         channels=[8, 16, 24], layers=1, image_channels=3, latent_channels=3, groups=4,
         scaling_factor=0.3)
@@ -43,6 +46,73 @@ def test_diffusers_folder(converted):
         output, _ = model.unet(noise("latent", (2, 3, 13, 17)))
     assert relative_error(mean, stored("vae_three_levels")[2]["mean"]) < 1e-5
     assert relative_error(output, stored("unet_three_levels")[2]["output_1"]) < 1e-5
+
+
+# ------------------------------------------------------------------------------ DepthMaster
+
+
+@pytest.mark.parametrize("file", ["diffusion_pytorch_model.bin",
+                                  "diffusion_pytorch_model.safetensors"])
+@torch.no_grad()
+def test_the_released_folder(tmp_path, converted, diffusers_folder, file, capsys):
+    folder = write_released(tmp_path / "released", text=diffusers_folder / "text_encoder",
+                            file=file)
+    out = convert_sd2.convert(folder, tmp_path / "stage2.safetensors")
+    assert "DepthMaster, stage 2" in capsys.readouterr().err
+    found, plain = load_file(out), load_file(converted)
+    block = fourier_tensors(32)
+    assert_equal(found, plain | {name.replace("fftblock", "unet.fourier"): tensor
+                                 for name, tensor in block.items()})
+    model = DepthMaster.from_file(out)
+    assert (model.kind, model.target) == ("stage2", "sqrt_disparity")
+    latent = noise("latent", (1, 3, 13, 17))
+    output, middle = model.unet(latent)
+    tensors = {name.removeprefix("fftblock."): tensor.numpy() for name, tensor in block.items()}
+    replaced = torch.from_numpy(enhance(tensors, middle[0].numpy())).float()[None]
+    model.unet.fourier.forward = lambda x: replaced
+    assert relative_error(output, model.unet(latent)[0]) < 1e-5
+
+
+def test_the_released_folder_and_back(tmp_path, diffusers_folder):
+    folder = write_released(tmp_path / "released", text=diffusers_folder / "text_encoder")
+    first = convert_sd2.convert(folder, tmp_path / "first.safetensors")
+    exported = convert_sd2.export(first, tmp_path / "exported")
+    theirs = load_file(exported / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_equal(theirs, torch.load(folder / "unet" / "diffusion_pytorch_model.bin"))
+    second = convert_sd2.convert(exported, tmp_path / "second.safetensors")
+    assert_equal(load_file(second), load_file(first))
+    assert DepthMaster.from_file(second).kind == "stage2"
+
+
+@pytest.mark.parametrize("place", [".", "unet"])
+def test_a_stage_1_save_with_its_adapter(tmp_path, source, converted, place, capsys):
+    adapter = {f"{layer}.{name}": torch.zeros(3) for layer in (0, 2, 4)
+               for name in ("weight", "bias")}
+    torch.save(adapter, source / place / "dinov2_adapter.pth")
+    out = convert_sd2.convert(source, tmp_path / "stage1.safetensors")
+    said = capsys.readouterr().err
+    assert "DepthMaster, stage 1" in said and "ignored: 6 tensors" in said
+    assert DepthMaster.from_file(out).kind == "stage1"
+    assert_equal(load_file(out), load_file(converted))
+    torch.save(adapter | {"6.weight": torch.zeros(3)}, source / place / "dinov2_adapter.pth")
+    with pytest.raises(ValueError, match="6.weight"):
+        convert_sd2.convert(source, tmp_path / "other.safetensors")
+
+
+def test_the_full_released_block_is_accounted_for():
+    names = names_and_shapes("sd2_unet_diffusers") | {
+        name: tuple(tensor.shape) for name, tensor in fourier_tensors(1280).items()}
+    assert len(names) == 702
+    assert sum(math.prod(shape) for shape in names.values()) == 944_565_444
+    layout = layouts.choose("unet", names)
+    with torch.device("meta"):
+        ours = UNet(fourier=True).state_dict()
+    ours.pop("text_embedding")
+    assert {layouts.our_name(name, layout): shape for name, shape in names.items()} == {
+        name: tuple(tensor.shape) for name, tensor in ours.items()}
+
+
+# -------------------------------------------------------------------- Stable Diffusion 2's variants
 
 
 def old_attention_names(tensors):

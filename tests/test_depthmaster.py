@@ -43,7 +43,7 @@ def test_what_the_network_is_given(model, monkeypatch, processing_res, size):
     """Longest side to R, the other truncated, 8 bits, [-1,1]; small images are enlarged too."""
     given = []
 
-    def keep(image):
+    def keep(image, timesteps):
         given.append(image)
         return torch.zeros(1, 1, 8, 8)
 
@@ -140,3 +140,32 @@ def test_defaults_are_the_papers():
     assert sum(p.numel() for p in model.parameters()) == 865_910_724 + 83_653_863
     assert (model.target, model.train_size) == ("sqrt_disparity", (480, 640))
     assert model.processing_res == 768
+
+
+def test_more_passes_start_from_the_last_ones_output(model):
+    """Table II's iterative paradigm."""
+    image = torch.rand(1, 3, 32, 40) * 2 - 1
+    with torch.no_grad():
+        latent = model.vae.encode(image)
+        for timestep in (4, 3, 2, 1):
+            latent, _ = model.unet(latent, timestep=timestep)
+        expected = model.decode_depth(latent).clamp(-1, 1)
+        assert torch.equal(model(image, (4, 3, 2, 1)), expected)
+        assert not torch.allclose(model(image), expected)
+
+
+@pytest.mark.parametrize("size, processing_res", [((40, 64), 0), ((45, 70), 96)])
+def test_the_round_trip_of_a_target(model, size, processing_res):
+    """Table II's I2L: no U-Net takes part."""
+    torch.nn.init.constant_(model.unet.conv_out.weight, float("nan"))
+    target = torch.rand(1, *size) * 2 - 1
+    found = model.round_trip(target, processing_res)
+    assert found.shape == size and found.dtype == np.float32
+    with torch.no_grad():
+        x = target[None].repeat(1, 3, 1, 1)
+        if processing_res:
+            x = torch.nn.functional.interpolate(x, (61, 96), mode="nearest-exact")
+        decoded = model.vae.decode(model.vae.encode(x)).mean(1, keepdim=True).clamp(-1, 1)
+        decoded = torch.nn.functional.interpolate((decoded + 1) / 2, size, mode="bilinear",
+                                                  antialias=True)
+    np.testing.assert_allclose(found, decoded[0, 0].clamp(0, 1).numpy(), atol=1e-6)

@@ -121,9 +121,12 @@ def test_two_ranks_equal_one(tmp_path):
 def test_state_comes_back_and_other_options_are_refused(tmp_path):
     options = {"lr": 0.1, "size": [2, 3]}
     assert engine.open_run(tmp_path, options, ALONE) is None
-    engine.save_state(tmp_path, {"step": 7, "trained": {"w": torch.ones(2)}})
+    trained, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    engine.save_state(tmp_path, 7, trained, torch.optim.Adam(trained.parameters()))
     state = engine.open_run(tmp_path, {"lr": 0.1, "size": (2, 3)}, ALONE)
-    assert state["step"] == 7 and state["trained"]["w"].tolist() == [1.0, 1.0]
+    optimizer = torch.optim.Adam(other.parameters())
+    assert engine.resume(tmp_path, state, other, optimizer, steps=9) == 7
+    assert torch.equal(other.weight, trained.weight)
     with pytest.raises(ValueError, match="lr: 0.1 then, 0.2 now"):
         engine.open_run(tmp_path, {"lr": 0.2, "size": [2, 3]}, ALONE)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 import engine
 import evaluate
 import metrics
 from data.benchmarks import BENCHMARKS, find_benchmarks
+from data.transforms import normalise_target
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from test_metrics import boxes, noisy, numpy_score
@@ -142,6 +144,33 @@ def test_alignment_space_and_resolution_are_the_models(target, world, monkeypatc
                 "--out", world / "out") == 0
     found = results(world / "out")[0]["pairs"]
     assert (found["align"], found["processing_res"], found["images"]) == (target, 40, 3)
+
+
+@pytest.mark.parametrize("paradigm", ["single", "iterative", "i2l"])
+def test_paradigms(paradigm, world, ckpt, monkeypatch, capsys):
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--datasets", "pairs",
+                "--paradigm", paradigm, "--out", world / "out") == 0
+    model = DepthMaster.from_file(ckpt).for_inference()
+    expected = []
+    for number, name in enumerate(sorted(SIZES)):
+        depth_m, valid = truth(world, name)
+        if paradigm == "i2l":
+            depth = torch.from_numpy(depth_m)[None]
+            pred = model.round_trip(normalise_target(depth, torch.from_numpy(valid)[None]))
+        else:
+            steps = (4, 3, 2, 1) if paradigm == "iterative" else (1,)
+            pred = model.predict(photo(*SIZES[name], seed=number), timesteps=steps)
+        expected.append(pairs_score(pred, depth_m, valid, "sqrt_disparity"))
+    found = results(world / "out")[0]["pairs"]
+    assert found["paradigm"] == paradigm
+    assert {key: found[key] for key in metrics.SCORES} == pytest.approx(mean(expected), rel=1e-6)
+    assert f"paradigm {paradigm}" in capsys.readouterr().out
+
+
+def test_saved_predictions_have_no_paradigm(world, monkeypatch, capsys):
+    assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                "--paradigm", "i2l", "--out", world / "out") == 2
+    assert "--paradigm is about a model" in capsys.readouterr().err
 
 
 def break_prediction(world, how):

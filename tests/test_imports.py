@@ -16,7 +16,7 @@ ALLOWED = {
     "data": {"data"},
     "metrics": {"data"},
     "engine": set(),
-    "validation": {"data", "metrics"},
+    "validation": {"data", "metrics", "engine"},
     "miniature": PACKAGES - {"extras"},
     "extras": {"extras", "data"},
 }

@@ -49,8 +49,9 @@ MISTAKES = {
                       "misses tensors: 1 (up_blocks.1.resnets.0.conv1.bias)"),
     "extra tensor": (lambda f: changed(f, "vae", more("encoder.extra.weight")),
                      "do not belong to it: 1 (encoder.extra.weight)"),
-    "released": (lambda f: changed(f, "unet", more("fftblock.norm.weight")),
-                 "released DepthMaster"),
+    "half a block": (lambda f: changed(f, "unet", more("fftblock.norm.weight")),
+                     "misses tensors: 15 (fftblock."),
+    "no autoencoder": (lambda f: (f / "vae").rename(f / "other"), "put vae/ and text_encoder/"),
     "shape": (lambda f: changed(f, "unet", more("conv_in.bias", torch.zeros(17))),
               "conv_in.bias has shape (17,), but (16,) is needed"),
     "stacked shape": (lambda f: changed(f, "text_encoder", more(

@@ -1,60 +1,24 @@
 """train_stage1.py from end to end, on networks of a few thousand parameters and some pairs."""
 
-import json
 import shutil
 import sys
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
-import engine
 import train_stage1
 from losses.alignment import feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import latent_loss
-from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-
-VAE = dict(channels=(8, 8, 8, 16), layers=1, groups=4)
-UNET = dict(channels=(8, 16), layers=1, attention=(False, True), heads=(1, 2), text_width=6,
-            groups=4)
-VIT = dict(width=12, depth=1, heads=2, swiglu=False, grid=4)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A folder with sd2.safetensors, dinov2.safetensors and pairs/ (train and val)."""
-    folder = tmp_path_factory.mktemp("stage1")
-    torch.manual_seed(0)
-    model = DepthMaster(vae=VAE, unet=UNET, train_size=(32, 48), processing_res=48)
-    model.unet.text_embedding.normal_()
-    model.save(folder / "sd2.safetensors")
-    checkpoint.save(folder / "dinov2.safetensors", DINOv2(**VIT).state_dict(),
-                    dict(kind="dinov2", config=VIT, sources=[], licence=""))
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for kind in ("rgb", "depth"):
-            (folder / "pairs" / split / kind).mkdir(parents=True)
-        for number in range(count):
-            depth_m = np.linspace(1, 5 + number, 40)[:, None] + rng.random((40, 60))
-            image = (255 * np.stack([depth_m / 16, rng.random((40, 60)), depth_m / 20], -1))
-            iio.imwrite(folder / f"pairs/{split}/rgb/{number}.png", image.astype(np.uint8))
-            np.save(folder / f"pairs/{split}/depth/{number}.npy", depth_m.astype(np.float32))
-    return folder
+from tests.small_runs import files, interrupt, losses_of, run
 
 
 def train(monkeypatch, files, out, *options):
     """Runs the script's main() with tiny settings; a later option overrides an earlier one."""
-    command = ["train_stage1.py", "--sd2", files / "sd2.safetensors", "--dinov2",
-               files / "dinov2.safetensors", "--data", files / "pairs", "--out", out, "--batch", 4,
-               "--micro-batch", 2, "--workers", 0, "--steps", 4, "--warmup", 2, "--lr", 1e-3,
-               "--log-every", 1, "--validate-every", 2, "--validate-images", 2, "--save-every", 2,
-               "--device", "cpu", *options]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    train_stage1.main()
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return run(monkeypatch, train_stage1, out, "--sd2", files / "sd2.safetensors", "--dinov2",
+               files / "dinov2.safetensors", "--data", files / "pairs", *options)
 
 
 def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
@@ -88,18 +52,10 @@ def test_the_loss_falls(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize("interrupted", [2, 3])
 def test_a_resumed_run_is_the_same_to_the_bit(files, tmp_path, monkeypatch, interrupted):
     train(monkeypatch, files, tmp_path / "whole")
-    original = engine.optimizer_step
-    calls = iter(range(interrupted))
-
-    def killed(*arguments):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(engine, "optimizer_step", killed)
+    revive = interrupt(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(monkeypatch, files, tmp_path / "cut")
-    monkeypatch.setattr(engine, "optimizer_step", original)
+    revive()
     rows = train(monkeypatch, files, tmp_path / "cut")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
     whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
@@ -109,15 +65,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(files, tmp_path, monkeypatch, inte
 def test_the_micro_batch_does_not_change_the_result(files, tmp_path, monkeypatch):
     one = train(monkeypatch, files, tmp_path / "1", "--micro-batch", 1)
     four = train(monkeypatch, files, tmp_path / "4", "--micro-batch", 4, "--workers", 2)
-    for a, b in zip(one, four):
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert losses_of(one) == pytest.approx(losses_of(four), rel=1e-4)
 
 
 def test_checkpointed_activations_do_not_change_the_result(files, tmp_path, monkeypatch):
     plain = train(monkeypatch, files, tmp_path / "plain")
     recomputed = train(monkeypatch, files, tmp_path / "recomputed", "--checkpoint-activations")
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, recomputed)]
+    losses = [losses_of(rows) for rows in (plain, recomputed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -130,7 +84,7 @@ def test_the_cache_does_not_change_the_result(files, tmp_path, monkeypatch):
     half = train(monkeypatch, files, tmp_path / "half", *cached, "float16")
     a, b = (tmp_path / name / "model.safetensors" for name in ("plain", "full"))
     assert a.read_bytes() == b.read_bytes()
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (plain, half)]
+    losses = [losses_of(rows) for rows in (plain, half)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and losses[0] != losses[1]
     folders = sorted((tmp_path / "cache").iterdir())
     assert len(folders) == 2  # another precision is another folder

@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 
 
-def predict_with_diffusers(folder):
-    """image uint8 H,W,3, processing_res -> float32 H,W in [0,1], as a function of the folder."""
+def predict_with_diffusers(folder, change=lambda unet: unet):
+    """image uint8 H,W,3, processing_res -> float32 H,W in [0,1], as a function of the folder.
+
+    change: what is done to the U-Net, where a model has more than diffusers knows of.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     text = CLIPTextModel.from_pretrained(folder / "text_encoder")
     text = text(torch.tensor([[49406, 49407]])).last_hidden_state
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    unet = change(UNet2DConditionModel.from_pretrained(folder / "unet").eval())
 
     def predict(image, processing_res):
         height, width = image.shape[:2]

@@ -1,0 +1,96 @@
+"""The Fourier Enhancement block of stage 2: DepthMaster, arXiv 2501.02576, section III-C, Eq. 6-7.
+
+The middle feature goes two ways: a frequency pass that modulates amplitude and phase of its
+spectrum (structure of the whole picture at once) and a spatial pass (local detail). The paper gives
+the outline; layers and names are those of the released weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TINY = 1e-6  # a frequency below this, in a map of about unit size, is rounding
+
+
+class FourierEnhancement(nn.Module):
+    """B,C,h,w -> B,C,h,w; C is a multiple of 8. There is no skip around it.
+
+    init: `default`, PyTorch's, which replaces the feature by an unrelated one when stage 2 begins;
+    `identity`, at first the output is the normalised input.
+    """
+
+    def __init__(self, channels=1280, init="default"):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels, eps=1e-5)
+        self.conv_f1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_f2 = nn.Conv2d(channels, channels, 3, padding=1)  # modulates the amplitude
+        self.conv_f4 = nn.Conv2d(channels, channels, 3, padding=1)  # modulates the phase
+        self.conv_f3 = nn.Conv2d(channels, channels, 1)
+        self.conv_s1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_s2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.fuse = nn.Conv2d(2 * channels, channels, 1)
+        if init not in ("default", "identity"):
+            raise ValueError(f"init is {init!r}, but must be default or identity.")
+        if init == "identity":
+            self.start_as_identity()
+
+    def start_as_identity(self):
+        """Lets the spatial pass return its input, and the fusion take that alone."""
+        for layer in (self.conv_s2, self.fuse):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.dirac_(self.fuse.weight)
+
+    def forward(self, x):
+        n = self.norm(x)
+        return self.fuse(torch.cat([self.spatial_pass(n), self.frequency_pass(n)], dim=1))
+
+    def spatial_pass(self, n):
+        return self.conv_s2(F.silu(self.conv_s1(n))) + n
+
+    def frequency_pass(self, n):
+        f = F.silu(self.conv_f1(n))
+        amplitude, phase = to_polar(f)  # B,C,h,w/2+1
+        amplitude = F.silu(self.conv_f2(amplitude.to(f.dtype)))
+        phase = F.silu(self.conv_f4(phase.to(f.dtype)))
+        return self.conv_f3(from_polar(amplitude, phase, f.shape[2:]).to(f.dtype) + f)
+
+
+def to_polar(x):
+    """Real maps B,C,h,w -> amplitude and phase of their spectra, B,C,h,w/2+1, at least float32.
+
+    Always in float32 (float64 stays): there is no FFT in bfloat16, and in half precision only for
+    some sizes. The phase of a frequency of rounding's size has a value but no gradient: its true
+    one, 1/amplitude, is huge or NaN.
+    """
+    spectrum = torch.fft.rfft2(at_least_float32(x), norm="ortho")
+    spectrum = real_where_it_must_be(spectrum, x.shape[2:])
+    amplitude = spectrum.abs()
+    tiny = amplitude < TINY  # Deviation: released, their gradient is huge or NaN
+    phase = torch.where(tiny, 1, spectrum).angle()
+    return amplitude, torch.where(tiny, spectrum.detach().angle(), phase)
+
+
+def real_where_it_must_be(spectrum, size):
+    """Clears the imaginary part of those frequencies that are their own mirror image.
+
+    It is 0 but for rounding, and the sign of that 0 would decide between a phase of pi and -pi.
+    """
+    # Deviation: the released code takes whatever sign comes.
+    rows, columns = ([0, side // 2] if side % 2 == 0 else [0] for side in size)
+    imaginary = spectrum.imag.clone()
+    for row in rows:
+        imaginary[:, :, row, columns] = 0
+    return torch.complex(spectrum.real, imaginary)
+
+
+def from_polar(amplitude, phase, size):
+    """Amplitude and phase B,C,h,w/2+1 -> real maps B,C,h,w; size: (h, w), which may be odd."""
+    amplitude, phase = at_least_float32(amplitude), at_least_float32(phase)
+    # torch.polar's gradient is wrong where the amplitude is negative, as SiLU's output can be.
+    spectrum = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())
+    return torch.fft.irfft2(spectrum, s=tuple(size), norm="ortho")
+
+
+def at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()

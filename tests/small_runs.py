@@ -1,0 +1,71 @@
+"""For the tests of the trainers: networks of a few thousand parameters, pairs, a short run."""
+
+import json
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import engine
+from nets import checkpoint
+from nets.depthmaster import DepthMaster
+from nets.dinov2 import DINOv2
+
+VAE = dict(channels=(8, 8, 8, 16), layers=1, groups=4)
+UNET = dict(channels=(8, 16), layers=1, attention=(False, True), heads=(1, 2), text_width=6,
+            groups=4)
+VIT = dict(width=12, depth=1, heads=2, swiglu=False, grid=4)
+SHORT = ["--batch", 4, "--micro-batch", 2, "--workers", 0, "--steps", 4, "--warmup", 2, "--lr",
+         1e-3, "--log-every", 1, "--validate-every", 2, "--validate-images", 2, "--save-every", 2,
+         "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with sd2, stage1 and dinov2.safetensors and pairs/ (train and val)."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    model = DepthMaster(vae=VAE, unet=UNET, train_size=(32, 48), processing_res=48)
+    model.unet.text_embedding.normal_()
+    model.save(folder / "sd2.safetensors")
+    model.become("stage1")
+    model.save(folder / "stage1.safetensors")
+    checkpoint.save(folder / "dinov2.safetensors", DINOv2(**VIT).state_dict(),
+                    dict(kind="dinov2", config=VIT, sources=[], licence=""))
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for kind in ("rgb", "depth"):
+            (folder / "pairs" / split / kind).mkdir(parents=True)
+        for number in range(count):
+            depth_m = np.linspace(1, 5 + number, 40)[:, None] + rng.random((40, 60))
+            image = (255 * np.stack([depth_m / 16, rng.random((40, 60)), depth_m / 20], -1))
+            iio.imwrite(folder / f"pairs/{split}/rgb/{number}.png", image.astype(np.uint8))
+            np.save(folder / f"pairs/{split}/depth/{number}.npy", depth_m.astype(np.float32))
+    return folder
+
+
+def run(monkeypatch, script, out, *options):
+    """Runs a script's main() with SHORT; a later option overrides an earlier one. Rows logged."""
+    words = [f"{script.__name__}.py", "--out", out, *SHORT, *options]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    script.main()
+    return [json.loads(line) for line in (out / engine.LOG).read_text().splitlines()]
+
+
+def losses_of(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def interrupt(monkeypatch, steps):
+    """Lets a run die after so many steps; returns a function that lets runs live again."""
+    original, left = engine.optimizer_step, iter(range(steps))
+
+    def killed(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "optimizer_step", killed)
+    return lambda: monkeypatch.setattr(engine, "optimizer_step", original)

@@ -1,0 +1,199 @@
+"""train_stage2.py from end to end, on networks of a few thousand parameters and some pairs."""
+
+import sys
+
+import pytest
+import torch
+
+import train_stage1
+import train_stage2
+from losses.gradient import gradient_loss, pixel_loss
+from nets.depthmaster import DepthMaster
+from tests.fixtures.weights import relative_error
+from tests.small_runs import files, interrupt, losses_of, run
+
+
+def train(monkeypatch, files, out, *options):
+    """Runs the script's main() with tiny settings; a later option overrides an earlier one."""
+    return run(monkeypatch, train_stage2, out, "--ckpt", files / "stage1.safetensors",
+               "--data", files / "pairs", *options)
+
+
+def batch_of(count=2, height=32, width=48):
+    generator = torch.Generator().manual_seed(0)
+    return dict(image=torch.randint(256, (count, 3, height, width), dtype=torch.uint8,
+                                    generator=generator),
+                target=torch.rand(count, 1, height, width, generator=generator) * 2 - 1,
+                valid=torch.rand(count, 1, height, width, generator=generator) > 0.1)
+
+
+def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
+    rows = train(monkeypatch, files, tmp_path)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        assert set(row) == {"step", "loss", "pixel", "gradient", "lr", "samples_per_second"}
+        assert row["loss"] == pytest.approx(row["pixel"] + 0.001 * row["gradient"], rel=1e-6)
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4]
+    assert (tmp_path / "pictures" / "000004.png").exists()
+    model = DepthMaster.from_file(tmp_path / "model.safetensors")
+    assert model.kind == "stage2" and model.config["unet"]["fourier"]
+    before = DepthMaster.from_file(files / "stage1.safetensors").state_dict()
+    after = model.state_dict()
+    new = {name for name in after if name not in before}
+    assert new == {name for name in after if name.startswith("unet.fourier.")} and len(new) == 16
+    assert not torch.equal(after["unet.conv_in.weight"], before["unet.conv_in.weight"])
+    for name, weight in before.items():
+        if name.startswith("vae."):
+            assert torch.equal(after[name], weight), f"{name} should be frozen"
+
+
+def test_the_loss_falls(files, tmp_path, monkeypatch):
+    rows = train(monkeypatch, files, tmp_path, "--steps", 60, "--lr", 3e-3, "--log-every", 10,
+                 "--validate-every", 99)
+    losses = losses_of(rows)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("interrupted", [2, 3])
+def test_a_resumed_run_is_the_same_to_the_bit(files, tmp_path, monkeypatch, interrupted):
+    train(monkeypatch, files, tmp_path / "whole")
+    revive = interrupt(monkeypatch, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, files, tmp_path / "cut")
+    revive()
+    rows = train(monkeypatch, files, tmp_path / "cut")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_the_micro_batch_does_not_change_the_result(files, tmp_path, monkeypatch):
+    one = train(monkeypatch, files, tmp_path / "1", "--micro-batch", 1)
+    four = train(monkeypatch, files, tmp_path / "4", "--micro-batch", 4, "--workers", 2)
+    assert losses_of(one) == pytest.approx(losses_of(four), rel=1e-4)
+
+
+def test_the_objective_against_its_parts(files):
+    """`Stage2` is what the paper says, put together here by hand."""
+    model = DepthMaster.from_file(files / "stage1.safetensors")
+    model.add_fourier()
+    batch = batch_of(height=35, width=50)  # no multiples of 8: the map is 32x48
+    losses = train_stage2.Stage2(model)(batch)
+    z, _ = model.unet(model.vae.encode(batch["image"] / 127.5 - 1))
+    pred = model.vae.decode(z).mean(dim=1, keepdim=True)
+    target, valid = batch["target"][:, :, :32, :48], batch["valid"][:, :, :32, :48]
+    torch.testing.assert_close(losses["pixel"], pixel_loss(pred, target, valid))
+    torch.testing.assert_close(losses["gradient"], gradient_loss(pred, target, valid))
+
+
+def test_predictions_beyond_the_range_still_have_a_gradient(files):
+    """The decoded map is not clipped in training."""
+    model = DepthMaster.from_file(files / "stage1.safetensors")
+    torch.nn.init.constant_(model.vae.decoder.conv_out.bias, 5.0)
+    train_stage2.Stage2(model)(batch_of())["pixel"].sum().backward()
+    assert model.unet.conv_out.weight.grad.abs().max() > 0
+
+
+def test_the_unet_and_its_block_get_gradients_with_and_without_recomputing(files):
+    gradients = {}
+    for recompute in (False, True):
+        model = DepthMaster.from_file(files / "stage1.safetensors")
+        torch.manual_seed(3)
+        model.add_fourier()
+        model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
+        losses = train_stage2.Stage2(model)(batch_of())
+        sum(loss.sum() for loss in losses.values()).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == name.startswith("unet."), name
+        gradients[recompute] = torch.cat([p.grad.flatten() for p in model.unet.parameters()])
+    assert relative_error(gradients[True], gradients[False]) < 1e-6
+
+
+def test_recomputing_keeps_less(files):
+    """Bytes that autograd keeps between the passes."""
+    kept = {}
+    for recompute in (False, True):
+        model = DepthMaster.from_file(files / "stage1.safetensors")
+        model.add_fourier()
+        model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
+        sizes = {}
+
+        def note(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            train_stage2.Stage2(model)(batch_of())
+        kept[recompute] = sum(sizes.values())
+    assert kept[True] < 0.5 * kept[False]
+
+
+@pytest.mark.parametrize("options, block, weights", [
+    (["--fourier", "off"], False, (1, 0.001)),
+    (["--gradient-weight", 0], True, (1, 0)),
+    (["--pixel-weight", 0.5, "--gradient-weight", 2], True, (0.5, 2)),
+    (["--fourier-init", "identity", "--precision", "bfloat16"], True, (1, 0.001)),
+    (["--checkpoint-activations", "--size", 24, 40], True, (1, 0.001)),
+])
+def test_the_ablations_run(files, tmp_path, monkeypatch, options, block, weights):
+    rows = train(monkeypatch, files, tmp_path, "--steps", 2, *options)
+    expected = weights[0] * rows[0]["pixel"] + weights[1] * rows[0]["gradient"]
+    assert rows[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    model = DepthMaster.from_file(tmp_path / "model.safetensors")
+    assert (model.unet.fourier is not None) == block and model.kind == "stage2"
+
+
+def test_the_block_takes_the_middle_features_place(files):
+    """With a block that only passes through, the U-Net is stage 1's."""
+    model = DepthMaster.from_file(files / "stage1.safetensors")
+    latent = torch.randn(1, 4, 4, 6)
+    output, feature = model.unet(latent)
+    model.add_fourier("identity")
+    assert not torch.allclose(model.unet(latent)[0], output)
+    assert torch.equal(model.unet(latent)[1], feature)  # the feature is that before the block
+    model.unet.fourier.norm = torch.nn.Identity()
+    torch.testing.assert_close(model.unet(latent)[0], output)
+
+
+def test_both_stages_one_after_the_other(files, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, train_stage1, tmp_path / "stage1", "--sd2", files / "sd2.safetensors",
+        "--align-weight", 0, "--data", files / "pairs", "--target", "disparity", "--size", 24, 40)
+    train(monkeypatch, files, tmp_path / "stage2", "--ckpt", tmp_path / "stage1/model.safetensors")
+    model = DepthMaster.from_file(tmp_path / "stage2" / "model.safetensors")
+    assert (model.target, model.train_size) == ("disparity", (24, 40))
+    assert "one stage" not in capsys.readouterr().err
+    train(monkeypatch, files, tmp_path / "more", "--ckpt", tmp_path / "stage2/model.safetensors")
+
+
+def test_one_stage_from_sd2_is_said(files, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, files, tmp_path, "--ckpt", files / "sd2.safetensors", "--steps", 1)
+    assert "training in one stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--data", "/nowhere"], "/nowhere is not a folder"),
+    (["--ckpt", "dinov2.safetensors"], "holds a dinov2 model"),
+    (["--ckpt", "none.safetensors"], "none.safetensors is not there"),
+    (["--size", "4", "4"], "too small"),
+])
+def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
+    options = [files / word if word.endswith("tensors") else word for word in options]
+    with pytest.raises((ValueError, OSError), match=words):
+        train(monkeypatch, files, tmp_path / "run", *options)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_block_is_not_dropped(files, tmp_path, monkeypatch):
+    train(monkeypatch, files, tmp_path / "with", "--steps", 1)
+    with pytest.raises(ValueError, match="has a Fourier block already"):
+        train(monkeypatch, files, tmp_path / "without", "--fourier", "off", "--ckpt",
+              tmp_path / "with" / "model.safetensors")
+
+
+def test_real_data_without_stage_1_says_the_way_out(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train_stage2.py", "--data", str(files / "pairs"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(FileNotFoundError, match="run train_stage1.py first"):
+        train_stage2.main()

@@ -1,0 +1,124 @@
+"""Stage 2: sharp depth. The U-Net, now with a Fourier Enhancement block, learns from decoded maps.
+
+DepthMaster, arXiv 2501.02576, section III-C, Eq. 6-8 and 10. It starts from stage 1; U-Net and
+Fourier block train, gradients pass through the frozen decoder.
+
+    python train_stage2.py --data /hypersim [--vkitti /vkitti2] [--ckpt MODEL]
+    torchrun --nproc_per_node 8 train_stage2.py --data /hypersim        # the same, on 8 GPUs
+
+The same command again resumes. Without --data it trains on the embedded miniature scenes.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import engine
+from data.sampler import StepBatchSampler
+from data.training import add_data_options, open_held_out, open_training_set, read_batches
+from losses.gradient import gradient_loss, pixel_loss
+from miniature import embedded
+from nets.depthmaster import DepthMaster
+from validation import check
+
+
+class Stage2(nn.Module):
+    """The objective: a batch -> {"pixel": B, "gradient": B}, before weighting (Eq. 10)."""
+
+    def __init__(self, model):
+        super().__init__()
+        model.vae.requires_grad_(False)
+        self.model = model
+
+    def forward(self, batch):
+        """batch: image uint8 B,3,H,W; target B,1,H,W in [-1,1]; valid bool B,1,H,W."""
+        with torch.no_grad():
+            z_image = self.model.vae.encode(batch["image"].float() / 127.5 - 1)
+        z_pred, _ = self.model.unet(z_image.float())
+        pred = self.model.decode_depth(z_pred)  # B,1,8h,8w, not clipped
+        height, width = pred.shape[2:]  # less than H, W where these are no multiples of 8
+        target, valid = (batch[name][:, :, :height, :width] for name in ("target", "valid"))
+        return {"pixel": pixel_loss(pred, target, valid),
+                "gradient": gradient_loss(pred, target, valid)}
+
+
+def options():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("stage 2").add_argument
+    add("--ckpt", type=Path, help="stage 1's model (runs/stage1/model.safetensors), or "
+        "weights/sd2.safetensors to train in one stage")
+    add("--out", type=Path, default=Path("runs/stage2"), help="run folder (%(default)s)")
+    add("--pixel-weight", type=float, default=1.0, help="Table VI (%(default)s)")
+    add("--gradient-weight", type=float, default=0.001, help="Table VI (%(default)s)")
+    add("--fourier", choices=["on", "off"], default="on", help="the block, Table VI (%(default)s)")
+    add("--fourier-init", choices=["default", "identity"], default="default",
+        help="of a new block; identity: at first it only normalises (%(default)s)")
+    add_data_options(parser)
+    engine.add_training_options(parser, steps=10_000, lr=3e-6)
+    args = parser.parse_args()
+    if not (args.data or args.vkitti):
+        parser.set_defaults(**embedded.STAGE2)  # minutes, not days
+        args = parser.parse_args()
+    return args
+
+
+def main():
+    args = options()
+    ranks = engine.start(args.device)
+    dtype = engine.training_dtype(args.precision, ranks.device)
+    torch.manual_seed(args.seed)
+
+    data, vkitti = embedded.training_data(args.data, args.vkitti)
+    ckpt = embedded.stage1_weights(args.data or args.vkitti, args.ckpt)
+    model = DepthMaster.from_file(ckpt)
+    if model.kind == "sd2":
+        engine.say(f"{ckpt} was never trained for depth: this is training in one stage.")
+    if args.fourier == "on" and model.unet.fourier is None:
+        model.add_fourier(args.fourier_init)
+    elif args.fourier == "off" and model.unet.fourier is not None:
+        raise ValueError(f"{ckpt} has a Fourier block already: leave out --fourier off, or start "
+                         "from stage 1's model.")
+    model.become("stage2", train_size=args.size)
+    objective = Stage2(model).to(ranks.device)
+    model.unet.checkpoint_activations = args.checkpoint_activations
+    model.vae.decoder.checkpoint_activations = args.checkpoint_activations
+    weights = {"pixel": args.pixel_weight, "gradient": args.gradient_weight}
+    optimizer = torch.optim.Adam(model.unet.parameters(), lr=0.0, fused=True)
+
+    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop,
+                                     args.depth_scale, model.target, args.seed, args.batch,
+                                     args.rgb_resize)
+    held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
+    state = engine.open_run(args.out, engine.decisive(vars(args)), ranks)
+    first = engine.resume(args.out, state, model.unet, optimizer, args.steps)
+    if args.compile:
+        model.unet.compile()
+
+    log = engine.Log(args.out, first, ranks)
+    sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
+                               training_set.sizes, first, args.steps, ranks.rank, ranks.world)
+    batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
+                           engine.say(f"Replaced a bad sample: {reason}"))
+    runner = engine.parallel(objective, ranks)
+    with engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress:
+        for step in range(first, args.steps):
+            rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
+            engine.set_learning_rate(optimizer, rate)
+            losses = engine.optimizer_step(runner, batches, sampler.micro_batch_count(step),
+                                           args.batch, weights, optimizer, ranks, dtype)
+            done = step + 1
+            last = done == args.steps
+            progress.report(done, losses, rate)
+            if ranks.first and held_out and (last or done % args.validate_every == 0):
+                check(model, held_out, args.validate_images, dtype, args.out, done, log)
+            if ranks.first and (last or done % args.save_every == 0):
+                engine.save_state(args.out, done, model.unet, optimizer)
+                model.save(args.out / "model.safetensors")
+    engine.stop()
+
+
+if __name__ == "__main__":
+    engine.run(main)
