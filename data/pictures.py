@@ -27,7 +27,12 @@ def panel(image, truth, prediction, error):
         "prediction": colourise(prediction),
         f"error, 0 to {ERROR_MAX:.0%}": colourise(error / ERROR_MAX, "inferno"),
     }
-    width = image.shape[1]
+    return labelled(pictures)
+
+
+def labelled(pictures):
+    """{caption: uint8 h,W,3} -> the pictures side by side, captions above: uint8 H,n*W,3."""
+    width = next(iter(pictures.values())).shape[1]
     size = font_size(width)
     captions = np.full((2 * size, width * len(pictures), 3), 255, np.uint8)
     for index, caption in enumerate(pictures):
@@ -41,13 +46,20 @@ def comparison(image, depth_m, pred_m, valid):
     Depths are shown as square-root disparity, from the truth's 2 % quantile (far) to its 98 %
     quantile (near), the prediction in the same colours.
     """
-    near = np.sqrt(1 / np.where(valid, depth_m, np.nan))
-    low, high = np.nanquantile(near, (0.02, 0.98))
-    spread = max(high - low, 1e-6)
-    pred_near = np.sqrt(1 / np.maximum(pred_m, 1e-6))
+    truth, prediction = nearness(depth_m, valid, [np.where(valid, depth_m, np.nan), pred_m])
     error = np.abs(pred_m - depth_m) / np.where(valid, depth_m, np.nan)
-    return panel(image, ((near - low) / spread).clip(0, 1),
-                 ((pred_near - low) / spread).clip(0, 1), error)
+    return panel(image, truth, prediction, error)
+
+
+def nearness(depth_m, valid, maps_m):
+    """Depth maps H,W in metres as square-root disparity in [0,1], all on the scale of one truth.
+
+    0 is the truth's 2 % quantile (far), 1 its 98 % quantile (near); depth_m, valid: the truth.
+    """
+    near = np.sqrt(1 / depth_m[valid])
+    low, high = np.quantile(near, (0.02, 0.98))
+    return [((np.sqrt(1 / np.maximum(x, 1e-6)) - low) / max(high - low, 1e-6)).clip(0, 1)
+            for x in maps_m]
 
 
 def font_size(width):

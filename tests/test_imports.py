@@ -19,13 +19,14 @@ ALLOWED = {
     "validation": {"data", "metrics", "engine"},
     "miniature": PACKAGES - {"extras"},
     "extras": {"extras", "data"},
+    "benchmarks": PACKAGES,
 }
 COMMANDS = {"data/prepare_hypersim.py", "data/make_pairs.py"}  # run as python -m
 FORBIDDEN = {"diffusers", "transformers", "torchvision", "cv2", "timm", "scipy"}
 
 
 def files():
-    return [path for folder in (".", "nets", "losses", "data", "miniature", "extras")
+    return [path for folder in (".", "nets", "losses", "data", "miniature", "extras", "benchmarks")
             for path in sorted((ROOT / folder).glob("*.py"))]
 
 
