@@ -94,7 +94,7 @@ def parallel(objective, ranks):
     if ranks.world == 1:
         return objective
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=ids)
+    return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def training_dtype(precision, device):

@@ -1,28 +1,35 @@
 """Scores a model, or any system's saved predictions, on data sets with ground truth.
 
     python evaluate.py --ckpt runs/stage2/model.safetensors --data ROOT
-    python evaluate.py --predictions DIR --data ROOT --datasets hypersim
+    python evaluate.py --predictions DIR --data ROOT --datasets nyu kitti
+    python evaluate.py --compare DIR DIR
+    torchrun --nproc_per_node 8 evaluate.py --ckpt ... --data ROOT      # shared by 8 GPUs
 
-ROOT holds the sets, each in the folder of its name (hypersim/, vkitti/, pairs/); for a single set
-ROOT may be that folder itself. Without --ckpt and --data the embedded miniature model is scored on
-its own held-out scenes. The table goes to standard output (AbsRel, delta and F1 in per cent),
-metrics.json and per_image.csv (fractions) into --out.
+ROOT holds the sets, each in its folder (nyuv2/ kitti/ eth3d/ scannet/ diode/ hypersim/ vkitti/
+pairs/), as the archive or its content; for a single set ROOT may be that folder itself. Without
+--ckpt and --data the embedded miniature model is scored on its own held-out scenes. The table goes
+to standard output (AbsRel, delta and F1 in per cent), metrics.json and per_image.csv (fractions)
+into --out. After an interruption the same command goes on.
 """
 
 import argparse
-import csv
-import json
-import os
+import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import engine
 import metrics
+from data import predictions
 from data.benchmarks import BENCHMARKS, find_benchmarks, locate, open_benchmark
-from data.predictions import read_prediction
+from data.chunks import preflight
+from data.results import Journal, prepare, write_metrics
 from data.transforms import normalise_target
+from extras.compare import compare
+from extras.report import PUBLISHED, save_pictures, write_report
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster
 
@@ -44,6 +51,8 @@ def options():
     source.add_argument("--ckpt", type=Path, help="model (.safetensors)")
     source.add_argument("--predictions", type=Path, metavar="DIR", help="saved predictions, as "
                         "DIR/SET/IMAGE.npy or .png (16 bit), IMAGE as in per_image.csv")
+    source.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="nothing: put "
+                        "finished evaluations (their --out) side by side")
     add = parser.add_argument_group("on what").add_argument
     add("--data", type=Path, metavar="ROOT", help="folder of the sets")
     add("--datasets", nargs="+", choices=BENCHMARKS, metavar="SET",
@@ -51,7 +60,11 @@ def options():
     add("--depth-scale", type=float, default=1000.0, help="of 16-bit pairs, per metre (1000)")
     add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
+    add("--batch", type=engine.positive, help="images of one size predicted at once (8 on CUDA, "
+        "else 1)")
+    add("--workers", type=int, default=2, help="processes that read ahead (%(default)s)")
     add("--limit", type=engine.positive, metavar="N", help="only the first N images of each set")
+    add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
     add = parser.add_argument_group("how").add_argument
     add("--align", choices=metrics.SPACES,
@@ -67,6 +80,7 @@ def options():
         help="of the model (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--out", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
+    add("--report", action="store_true", help="a page to look at, too: OUT/report.html")
     args = parser.parse_args()
     if args.predictions and args.paradigm != "single":
         parser.error("--paradigm is about a model (--ckpt), not about saved predictions")
@@ -84,8 +98,9 @@ def open_sets(root, names, depth_scale, vkitti_crop):
         names = find_benchmarks(root)
     sets = []
     for name in dict.fromkeys(names):
-        if name == "miniature":
+        if name == "miniature" and engine.is_first():
             render.ensure(embedded.SCENES, val=embedded.FRAMES["val"])
+        engine.wait()
         inside = embedded.SCENES if name == "miniature" else root
         folder = locate(name, inside, alone=len(names) == 1)
         sets.append((name, open_benchmark(name, folder, depth_scale, vkitti_crop)))
@@ -101,58 +116,77 @@ def open_model(path, device, precision):
 
 
 def model_predictor(model, processing_res, paradigm):
-    """sample -> prediction, in one of the ways of PARADIGMS."""
-    def of_image(sample):
-        image = sample["image"].permute(1, 2, 0).numpy()
-        return model.predict(image, processing_res, PARADIGMS[paradigm])
+    """samples of one size -> predictions, in one of the ways of PARADIGMS."""
+    def of_images(samples):
+        images = torch.stack([sample["image"] for sample in samples])
+        return model.predict_batch(images, processing_res, PARADIGMS[paradigm])
 
-    def of_truth(sample):
-        target = normalise_target(sample["depth"], sample["valid"], model.target, sample["name"])
-        return model.round_trip(target, processing_res)
+    def of_truths(samples):
+        targets = [normalise_target(sample["depth"], sample["valid"], model.target, sample["name"])
+                   for sample in samples]
+        return model.round_trip(torch.stack(targets), processing_res)
 
-    return of_truth if paradigm == "i2l" else of_image
+    return of_truths if paradigm == "i2l" else of_images
 
 
 def saved_predictor(folder):
-    return lambda sample: read_prediction(folder, sample["name"], sample["depth"].shape[1:])
+    return lambda samples: [predictions.read_prediction(
+        folder, sample["name"], sample["depth"].shape[1:], sample.get("uncropped"))
+        for sample in samples]
 
 
-def score_set(name, reader, predict, spaces, negative, f1_mask, limit, skip_bad):
-    """Scores a set, with a progress bar: ([ImageScores], number of images left out)."""
-    benchmark, skipped = BENCHMARKS[name], []
+def columns(spaces):
+    """Of per_image.csv, after the image's name: the scores in the first space, then the rest."""
+    others = [f"{space}:{name}" for space in spaces[1:] for name in metrics.SCORES]
+    return [*metrics.SCORES, "height", "width", "unfitted", *others]
+
+
+def as_row(image, spaces):
+    """The cells of an ImageScores."""
+    others = [value for space in spaces[1:] for value in image.scores[space].values()]
+    return [*image.scores[spaces[0]].values(), *image.size, " ".join(image.unfitted), *others]
+
+
+def score_set(name, reader, count, predict, spaces, args, journal, ranks):
+    """Scores those of a set's first `count` images that the journal lacks, this rank's share."""
+    benchmark = BENCHMARKS[name]
 
     def skip(image, reason):
-        skipped.append(image)
         tqdm.write(f"skipped {name}/{image}: {reason}", file=sys.stderr)
 
-    count = min(len(reader), limit or len(reader))
-    images = metrics.evaluate_dataset(
-        predict, reader, spaces, benchmark.min_depth, benchmark.max_depth, negative, f1_mask,
-        indices=range(count), on_bad=skip if skip_bad else None)
-    images = list(tqdm(images, desc=name, total=count, unit="image", dynamic_ncols=True))
-    if not images:
-        raise ValueError(f"none of the {count} images of {name} could be scored.")
-    return images, len(skipped)
+    # What is predicted together does not depend on what was done before an interruption.
+    chunks = [range(first, min(first + args.batch, count)) for first in range(0, count, args.batch)]
+    done = {index for index in range(count) if (name, reader.name(index)) in journal.rows}
+    todo = [chunk for chunk in chunks[ranks.rank::ranks.world] if not done.issuperset(chunk)]
+    scored = metrics.evaluate_dataset(
+        predict, reader, spaces, benchmark.min_depth, benchmark.max_depth, args.align_negative,
+        args.f1_mask, todo, args.workers, on_bad=skip if args.skip_bad else None,
+        look=partial(save_pictures, args.out, name) if args.report else None)
+    left = sum(index not in done for chunk in todo for index in chunk)
+    with tqdm(desc=name, total=left, unit="image", dynamic_ncols=True,
+              disable=not ranks.first) as bar:
+        for image in scored:
+            if (name, image.image) not in journal.rows:
+                journal.add(name, image.image, as_row(image, spaces))
+                bar.update()
 
 
-def describe_sizes(images):
+def summarise(rows, spaces):
+    """Rows of the journal -> what metrics.json says of a set's images."""
+    def mean(prefix):
+        return metrics.mean_scores([{score: float(row[prefix + score]) for score in metrics.SCORES}
+                                    for row in rows])
+
+    unfitted = {space: sum(space in row["unfitted"].split() for row in rows) for space in spaces}
+    return dict(f1_resolution=describe_sizes(rows), unfitted=unfitted[spaces[0]], **mean(""),
+                other_alignments={space: mean(f"{space}:") for space in spaces[1:]})
+
+
+def describe_sizes(rows):
     """The sizes of the truths as text: a boundary F1 means nothing without."""
-    found = [f"{height}x{width}" for height, width in sorted({image.size for image in images})]
+    sizes = sorted({(int(row["height"]), int(row["width"])) for row in rows})
+    found = [f"{height}x{width}" for height, width in sizes]
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)} sizes)"
-
-
-def mean_in(images, space):
-    return metrics.mean_scores([image.scores[space] for image in images])
-
-
-def write_results(out, results, rows):
-    """metrics.json and per_image.csv into the folder `out`; beside first, then renamed."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "per_image.csv.tmp", "w", newline="") as file:
-        csv.writer(file).writerows([("dataset", "image", *metrics.SCORES), *rows])
-    (out / "metrics.json.tmp").write_text(json.dumps(results, indent=1) + "\n")
-    for name in ("per_image.csv", "metrics.json"):
-        os.replace(out / f"{name}.tmp", out / name)
 
 
 def table_row(name, images, align, scores, f1_resolution=""):
@@ -192,6 +226,9 @@ def describe(result):
     yield f"{describe_count(result)} images"
     if result["limit"]:
         yield f"only the first {result['limit']} were asked for (--limit)"
+    if result["unfitted"]:
+        yield (f"{result['unfitted']} predictions could not fix scale and shift and count as the "
+               "flat map at the truth's mean")
     if result["skipped"]:
         yield f"{result['skipped']} could not be used and were left out (--skip-bad)"
     if result["processing_res"] is None:
@@ -215,41 +252,97 @@ def say_defaults(ckpt, predictions, data):
         engine.say(f"No --data: on the miniature's held-out scenes in {embedded.SCENES}.")
 
 
+def open_journal(args, ckpt, spaces, keys, ranks):
+    """The journal in --out, with the rows that an interrupted evaluation left."""
+    if ranks.first:
+        changed = prepare(args.out, settings_of(args, ckpt, spaces[0], keys))
+        if changed:
+            engine.say(f"{args.out} held scores with other settings ({', '.join(changed)}); they "
+                       "are replaced.")
+        Journal(args.out, columns(spaces)).merge(keys)
+    engine.wait()
+    journal = Journal(args.out, columns(spaces), ranks.rank)
+    if journal.rows:
+        engine.say(f"{args.out} holds the scores of {len(journal.rows)} images already: going on "
+                   f"(remove {args.out / 'per_image.csv'} to begin anew).")
+    return journal
+
+
+def settings_of(args, ckpt, align, keys):
+    """What the rows of per_image.csv depend on."""
+    if args.predictions:
+        alone = len({name for name, _ in keys}) == 1
+        source = {name: predictions.state(locate(name, args.predictions, alone),
+                                          [image for which, image in keys if which == name])
+                  for name in sorted({name for name, _ in keys})}
+    else:
+        with open(ckpt, "rb") as file:
+            source = dict(ckpt=hashlib.file_digest(file, "sha256").hexdigest(),
+                          precision=args.precision, paradigm=args.paradigm,
+                          processing_res=args.processing_res, batch=args.batch)
+    return source | dict(data=args.data and str(args.data.resolve()), align=align,
+                         align_negative=args.align_negative, f1_mask=args.f1_mask,
+                         depth_scale=args.depth_scale, vkitti_crop=args.vkitti_crop)
+
+
+def resolution_of(name, args, model):
+    """Longest side in prediction: as asked, else the set's, else the model's."""
+    choices = (args.processing_res, BENCHMARKS[name].processing_res, model.processing_res)
+    return next(choice for choice in choices if choice is not None)
+
+
+def check_data(args):
+    """--preflight: opens every image of the sets. ValueError if anything is wrong."""
+    sets = open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop)
+    bad = preflight(dict(sets), args.workers)
+    if bad:
+        raise ValueError(f"{bad} images can't be used: they are listed above.")
+
+
 def main():
     args = options()
+    if args.preflight:
+        return check_data(args)
+    if args.compare:
+        return print(compare(args.compare, PUBLISHED))
+    ranks = engine.start("cpu" if args.predictions else args.device)
     say_defaults(args.ckpt, args.predictions, args.data)
-    if args.predictions:
-        model, align, precision = None, args.align or "sqrt_disparity", None
-        spaces = [align, *(space for space in metrics.SPACES if space != align)]
-    else:
-        device = engine.start(args.device).device
-        model = open_model(args.ckpt or embedded.TRAINED, device, args.precision)
-        align, spaces = args.align or model.target, [args.align or model.target]
-        precision = str(model.unet.conv_in.weight.dtype).removeprefix("torch.")
-
+    ckpt = args.ckpt or embedded.TRAINED
+    model = None if args.predictions else open_model(ckpt, ranks.device, args.precision)
+    args.batch = args.batch or (8 if ranks.device.type == "cuda" else 1)
+    align = args.align or (model.target if model else "sqrt_disparity")
+    spaces = [align] if model else [align, *(s for s in metrics.SPACES if s != align)]
     sets = open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop)
-    results, rows = {}, []
+    asked = {name: min(len(reader), args.limit or len(reader)) for name, reader in sets}
+    keys = [(name, reader.name(index)) for name, reader in sets for index in range(asked[name])]
+    journal = open_journal(args, ckpt, spaces, keys, ranks)
+    about = dict(limit=args.limit, align=align, align_negative=args.align_negative,
+                 f1_mask=args.f1_mask, paradigm=args.paradigm if model else None,
+                 precision=model and str(model.dtype).removeprefix("torch."))
+    results = {}
     for name, reader in sets:
-        longest = None
-        if model is None:
-            predict = saved_predictor(locate(name, args.predictions, len(sets) == 1))
-        else:
-            choices = (args.processing_res, BENCHMARKS[name].processing_res, model.processing_res)
-            longest = next(choice for choice in choices if choice is not None)
-            predict = model_predictor(model, longest, args.paradigm)
-        images, skipped = score_set(name, reader, predict, spaces, args.align_negative,
-                                    args.f1_mask, args.limit, args.skip_bad)
-        rows += [(name, image.image, *image.scores[align].values()) for image in images]
-        results[name] = dict(
-            images=len(images), expected_images=reader.expected, skipped=skipped,
-            limit=args.limit, align=align, align_negative=args.align_negative,
-            f1_mask=args.f1_mask, f1_resolution=describe_sizes(images), processing_res=longest,
-            precision=precision, paradigm=args.paradigm if model else None,
-            **mean_in(images, align),
-            other_alignments={space: mean_in(images, space) for space in spaces[1:]})
-        write_results(args.out, results, rows)  # after each set: a later one may fail
-    print_table(results)
-    engine.say(f"Written: {args.out / 'metrics.json'} and {args.out / 'per_image.csv'}.")
+        longest = model and resolution_of(name, args, model)
+        predict = (model_predictor(model, longest, args.paradigm) if model else
+                   saved_predictor(locate(name, args.predictions, len(sets) == 1)))
+        score_set(name, reader, asked[name], predict, spaces, args, journal, ranks)
+        engine.wait()
+        if ranks.first:
+            journal.merge(keys)
+            rows = [row for key, row in journal.rows.items() if key[0] == name]
+            if not rows:
+                raise ValueError(f"none of the {asked[name]} images of {name} could be scored.")
+            results[name] = dict(
+                images=len(rows), expected_images=reader.expected,
+                skipped=asked[name] - len(rows), processing_res=longest, **about,
+                **summarise(rows, spaces))
+            write_metrics(args.out, results)  # after each set: a later one may fail
+    if ranks.first:
+        print_table(results)
+        engine.say(f"Written: {args.out / 'metrics.json'} and {args.out / 'per_image.csv'}.")
+        if args.report:
+            write_report(args.out)
+            engine.say(f"The report: {args.out / 'report.html'}.")
+    engine.stop()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ float64. `valid` is a bool mask of the same shape; valid depths are above 0.
 """
 
 import math
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import DataLoader
 
+from data.chunks import Chunks
 from data.transforms import TARGETS as SPACES
 from data.transforms import to_target_space
 
@@ -58,6 +61,11 @@ def align(pred, depth_m, valid, space, negative="clamp"):
     in `space` over the valid pixels. In the depth space the result may be 0 or negative; `score`
     clips it to the data set's range.
     """
+    return align_if_possible(pred, depth_m, valid, space, negative)[0]
+
+
+def align_if_possible(pred, depth_m, valid, space, negative="clamp"):
+    """As `align`, and whether the prediction could fix scale and shift."""
     _check_choice("space", space, SPACES)
     _check_choice("negative", negative, NEGATIVE)
     if not valid.any():
@@ -71,7 +79,7 @@ def align(pred, depth_m, valid, space, negative="clamp"):
     else:
         scale, shift = fit
         aligned = scale * pred + shift
-    return to_depth(aligned, space, negative)
+    return to_depth(aligned, space, negative), fit is not None
 
 
 def _pixels(first, second, mask):
@@ -145,30 +153,44 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     """
     _check_choice("mask", mask, F1_MASKS)
     t = torch.linspace(1.05, 1.25, 10, dtype=torch.float64, device=depth_m.device)
-    if valid is None or mask == "none":
-        valid = torch.ones_like(depth_m, dtype=torch.bool)
-    near_p, near_d = (x.double().clamp(min=1e-6).reciprocal() for x in (pred_m, depth_m))
+    width = depth_m.shape[-1]
+    pred_m, depth_m = pred_m.flatten(), depth_m.flatten()
+    valid = None if valid is None or mask == "none" else valid.flatten()
     recall, precision = torch.zeros_like(t), torch.zeros_like(t)
-    directions = zip(_neighbours(near_p), _neighbours(near_d), _neighbours(valid))
-    for (here_p, there_p), (here_d, there_d), (here_valid, there_valid) in directions:
-        ratio_p, ratio_d = there_p / here_p, there_d / here_d
-        # Deviation: by default both pixels must be valid, not the pair's own alone.
-        counts = here_valid if mask == "owner" else here_valid & there_valid
-        # Few pixels lie at an edge of any strength: only these are sorted into the ten strengths.
-        at_edge = (counts & (torch.maximum(ratio_p, ratio_d) > t[0])).flatten().nonzero()[:, 0]
-        steps_p = torch.bucketize(ratio_p.take(at_edge), t)  # how many t the ratio is above
-        steps_d = torch.bucketize(ratio_d.take(at_edge), t)
-        hits = _edges_per_step(torch.minimum(steps_p, steps_d))
-        recall += hits / _edges_per_step(steps_d).clamp(min=1) / 4
-        precision += hits / _edges_per_step(steps_p).clamp(min=1) / 4
+    for right in (True, False):  # the neighbour on the right, the one below
+        step = 1 if right else width
+        first = _maybe_edges(pred_m, depth_m, step)
+        if right:
+            first = first[(first + 1) % width != 0]  # the next row's first pixel is no neighbour
+        for here, there in ((first, first + step), (first + step, first)):
+            if valid is not None:
+                # Deviation: by default both pixels must be valid, not the pair's own alone.
+                counts = valid[here] if mask == "owner" else valid[here] & valid[there]
+                here, there = here[counts], there[counts]
+            ratio_p, ratio_d = (_near(x[there]) / _near(x[here]) for x in (pred_m, depth_m))
+            steps_p = torch.bucketize(ratio_p, t)  # how many t the ratio is above
+            steps_d = torch.bucketize(ratio_d, t)
+            hits = _edges_per_step(torch.minimum(steps_p, steps_d))
+            recall += hits / _edges_per_step(steps_d).clamp(min=1) / 4
+            precision += hits / _edges_per_step(steps_p).clamp(min=1) / 4
     f1 = 2 * recall * precision / (recall + precision).clamp(min=1e-12)  # 0 where both are 0
     return ((f1 * t).sum() / t.sum()).item()
 
 
-def _neighbours(x):
-    """..,H,W -> four pairs (here, there): there lies to the right, left, below, above."""
-    left, right, top, bottom = x[..., :-1], x[..., 1:], x[..., :-1, :], x[..., 1:, :]
-    return (left, right), (right, left), (top, bottom), (bottom, top)
+def _near(x_m):
+    return x_m.double().clamp(min=1e-6).reciprocal()
+
+
+def _maybe_edges(pred_m, depth_m, step):
+    """Pixels of flat maps that may have an edge, in either map, to the pixel `step` further on.
+
+    Few have, so a rough look in float32 saves the exact one for the rest.
+    """
+    differences = []
+    for x in (pred_m, depth_m):
+        log = x.float().clamp(min=1e-6).log()
+        differences.append((log[step:] - log[:-step]).abs_())
+    return (torch.maximum(*differences) > math.log(1.05) - 1e-5).nonzero()[:, 0]
 
 
 def _edges_per_step(steps):
@@ -183,12 +205,37 @@ def score(pred, depth_m, valid, space, min_depth, max_depth, negative="clamp", f
     clipped. The truth is taken as it is. ValueError without a valid pixel.
     """
     pred_m = align(pred, depth_m, valid, space, negative).clamp(min_depth, max_depth)
-    p, d = _pixels(pred_m, depth_m, valid)
+    return score_aligned(pred_m, depth_m, valid, f1_mask)
+
+
+def score_aligned(pred_m, depth_m, valid, f1_mask="pair"):
+    """All scores of a prediction in metres -> {name: float} in the order of SCORES.
+
+    The same numbers as of the functions above, with what they share computed once.
+    """
+    count, invalid = (int(x.sum()) for x in (valid, ~valid))
+    # Where nothing is known both are 1 m, so that every error there is 0.
+    p, d = (torch.where(valid, x.double(), 1.0).flatten() for x in (pred_m, depth_m))
+    error = p - d
+    relative = error.abs().div_(d).sum()
+    square = error.square_()
+    ratio = p / d
+    worst = torch.maximum(ratio, d / p)
+    close = [(worst < 1.25**power).sum() - invalid for power in (1, 2, 3)]
+    log_ratio = ratio.log_()
+    logs, squared_logs = log_ratio.sum(), torch.dot(log_ratio, log_ratio)
+    inverse = p.reciprocal_().sub_(d.reciprocal())
+    sums = torch.stack([relative, square.sum(), torch.dot(square, d.reciprocal()), logs,
+                        squared_logs, log_ratio.abs_().sum(), torch.dot(inverse, inverse), *close])
+    (relative, squares, relative_squares, logs, squared_logs, absolute_logs, inverse_squares,
+     *close) = (sums.double() / count).tolist()
     return {
-        "abs_rel": abs_rel(p, d), "sq_rel": sq_rel(p, d), "rmse": rmse(p, d),
-        "rmse_log": rmse_log(p, d), "log10": log10(p, d), "irmse": irmse(p, d),
-        "silog": silog(p, d), "delta1": delta(p, d, power=1), "delta2": delta(p, d, power=2),
-        "delta3": delta(p, d, power=3), "boundary_f1": boundary_f1(pred_m, depth_m, valid, f1_mask),
+        "abs_rel": relative, "sq_rel": relative_squares, "rmse": math.sqrt(squares),
+        "rmse_log": math.sqrt(squared_logs), "log10": absolute_logs / math.log(10),
+        "irmse": math.sqrt(inverse_squares),
+        "silog": 100 * math.sqrt(max(squared_logs - logs**2, 0.0)),
+        "delta1": close[0], "delta2": close[1], "delta3": close[2],
+        "boundary_f1": boundary_f1(pred_m, depth_m, valid, f1_mask),
     }
 
 
@@ -198,32 +245,70 @@ class ImageScores(NamedTuple):
     image: str
     size: tuple  # height, width: of the truth, and so of the boundary F1
     scores: dict  # space -> {name of the score: float}
+    unfitted: list  # spaces in which the prediction could not fix scale and shift
 
 
 def evaluate_dataset(predict, reader, spaces, min_depth, max_depth, negative="clamp",
-                     f1_mask="pair", indices=None, on_bad=None):
-    """Predicts and scores the images of a reader, one after the other: yields ImageScores.
+                     f1_mask="pair", chunks=None, workers=0, on_bad=None, look=None):
+    """Predicts and scores the images of a reader in their order: yields ImageScores.
 
-    predict: sample (a dict of the reader) -> prediction H,W, array or tensor, of the truth's size.
+    predict: list of samples (dicts of the reader) of one size -> their predictions H,W, arrays or
+    tensors, of the truths' size; scores are computed on their device.
     spaces: alignment spaces to score each prediction in.
-    indices: which images; None: all.
+    chunks: lists of the reader's indices; neighbours of one size in a list are predicted together.
+        None: all images, one by one. workers: processes that read ahead.
     on_bad: called with (name, reason) for every image that cannot be read, predicted or scored
         (ValueError), which is then left out; None: the error is raised.
+    look: called with (sample, aligned prediction in metres, in the first space) for every image.
     """
-    for index in range(len(reader)) if indices is None else indices:
+    def bad(name, reason):
+        if on_bad is None:
+            raise ValueError(reason)
+        on_bad(name, reason)
+
+    chunks = [[index] for index in range(len(reader))] if chunks is None else list(chunks)
+    for chunk in DataLoader(Chunks(reader, chunks), batch_size=None, num_workers=workers):
+        for sample, pred in predict_chunk(predict, chunk, bad):
+            try:
+                scored, pred_m = score_sample(sample, torch.as_tensor(pred), spaces, min_depth,
+                                              max_depth, negative, f1_mask)
+            except ValueError as error:
+                bad(sample["name"], str(error))
+                continue
+            if look:
+                look(sample, pred_m)
+            yield scored
+
+
+def predict_chunk(predict, chunk, bad):
+    """Yields (sample, prediction) for a chunk's samples in order, without the bad ones."""
+    def size(sample):
+        return None if "reason" in sample else tuple(sample["image"].shape)
+
+    for common, samples in groupby(chunk, size):
+        samples = list(samples)
         try:
-            sample = reader[index]
-            depth_m, valid = sample["depth"][0], sample["valid"][0]
-            pred = torch.as_tensor(predict(sample), device=depth_m.device)
-            _check_prediction(pred, depth_m.shape, sample["name"])
-            scores = {space: score(pred, depth_m, valid, space, min_depth, max_depth, negative,
-                                   f1_mask) for space in spaces}
+            if common is None:
+                raise ValueError(samples[0]["reason"])
+            yield from zip(samples, predict(samples))
         except ValueError as error:
-            if on_bad is None:
-                raise
-            on_bad(reader.name(index), str(error))
-            continue
-        yield ImageScores(sample["name"], tuple(depth_m.shape), scores)
+            for sample in samples:
+                bad(sample["name"], sample.get("reason", str(error)))
+
+
+def score_sample(sample, pred, spaces, min_depth, max_depth, negative, f1_mask):
+    """ImageScores of one prediction, and its depth in metres in the first space."""
+    depth_m, valid = (sample[name][0].to(pred.device) for name in ("depth", "valid"))
+    _check_prediction(pred, depth_m.shape, sample["name"])
+    scores, unfitted, first = {}, [], None
+    for space in spaces:
+        pred_m, fitted = align_if_possible(pred, depth_m, valid, space, negative)
+        pred_m = pred_m.clamp(min_depth, max_depth)
+        scores[space] = score_aligned(pred_m, depth_m, valid, f1_mask)
+        first = pred_m if first is None else first
+        if not fitted:
+            unfitted.append(space)
+    return ImageScores(sample["name"], tuple(depth_m.shape), scores, unfitted), first
 
 
 def mean_scores(scores):

@@ -18,7 +18,9 @@ from torch import nn
 import engine
 from data.cache import CachedTrainingSet, fill, fingerprint
 from data.sampler import StepBatchSampler
-from data.training import add_data_options, open_held_out, open_training_set, read_batches
+from data.training import (
+    add_data_options, check_data, open_held_out, open_training_set, read_batches,
+)
 from data.transforms import TARGETS
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import cells_to_pixels, latent_loss, valid_cells
@@ -60,8 +62,9 @@ class Stage1(nn.Module):
         z_image, z_target B,4,h,w; cells B,1,h,w; tokens B,N,D at the aligned feature's size.
         """
         image = batch["image"].float() / 127.5 - 1
-        fixed = {"z_image": self.vae.encode(image), "cells": valid_cells(batch["valid"]),
-                 "z_target": self.vae.encode(batch["target"].expand(-1, 3, -1, -1))}
+        both = torch.cat([image, batch["target"].expand(-1, 3, -1, -1)])  # 2B,3,H,W
+        z_image, z_target = self.vae.encode(both).chunk(2)
+        fixed = {"z_image": z_image, "z_target": z_target, "cells": valid_cells(batch["valid"])}
         if self.teacher is not None:
             size = self.unet.feature_size(fixed["z_image"].shape[2:], self.align_at)
             fixed["tokens"] = self.teacher_tokens(image, size)
@@ -134,7 +137,8 @@ def main():
     if args.align_weight:
         dinov2 = embedded.teacher_weights(sd2, args.dinov2)
         teacher = DINOv2.from_file(dinov2, dtype=dtype)
-    objective = Stage1(model, teacher, args.align_at, args.align_loss).to(ranks.device)
+    objective = Stage1(model, teacher, args.align_at, args.align_loss)
+    objective.to(ranks.device, memory_format=torch.channels_last)
     objective.unet.checkpoint_activations = args.checkpoint_activations
     weights = {"latent": 1.0} | ({"alignment": args.align_weight} if teacher else {})
     trained = nn.ModuleDict({"unet": objective.unet})
@@ -146,6 +150,8 @@ def main():
                                      args.depth_scale, args.target, args.seed, args.batch,
                                      args.rgb_resize)
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
+    if args.preflight:
+        return check_data(training_set, held_out, args.workers)
     state = engine.open_run(args.out, engine.decisive(vars(args)), ranks)
     first = engine.resume(args.out, state, trained, optimizer, args.steps)
     if args.cache:

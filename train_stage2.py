@@ -17,7 +17,9 @@ from torch import nn
 
 import engine
 from data.sampler import StepBatchSampler
-from data.training import add_data_options, open_held_out, open_training_set, read_batches
+from data.training import (
+    add_data_options, check_data, open_held_out, open_training_set, read_batches,
+)
 from losses.gradient import gradient_loss, pixel_loss
 from miniature import embedded
 from nets.depthmaster import DepthMaster
@@ -82,7 +84,7 @@ def main():
         raise ValueError(f"{ckpt} has a Fourier block already: leave out --fourier off, or start "
                          "from stage 1's model.")
     model.become("stage2", train_size=args.size)
-    objective = Stage2(model).to(ranks.device)
+    objective = Stage2(model).to(ranks.device, memory_format=torch.channels_last)
     model.unet.checkpoint_activations = args.checkpoint_activations
     model.vae.decoder.checkpoint_activations = args.checkpoint_activations
     weights = {"pixel": args.pixel_weight, "gradient": args.gradient_weight}
@@ -92,6 +94,8 @@ def main():
                                      args.depth_scale, model.target, args.seed, args.batch,
                                      args.rgb_resize)
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
+    if args.preflight:
+        return check_data(training_set, held_out, args.workers)
     state = engine.open_run(args.out, engine.decisive(vars(args)), ranks)
     first = engine.resume(args.out, state, model.unet, optimizer, args.steps)
     if args.compile:

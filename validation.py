@@ -8,7 +8,7 @@ import torch
 
 import engine
 from data.pictures import comparison
-from metrics import align, evaluate_dataset, mean_scores
+from metrics import evaluate_dataset, mean_scores
 
 # What predictions of Hypersim's and of unknown scenes are clipped to, in metres.
 MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 65.0
@@ -32,25 +32,23 @@ def validate(model, reader, images, dtype, picture=None):
     each: image, truth, prediction, error.
     """
     rows = []
-    device = model.unet.conv_in.weight.device
 
-    def predict(sample):
-        image = sample["image"].permute(1, 2, 0).numpy()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction = torch.from_numpy(model.predict(image))
+    def predict(samples):
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            return model.predict_batch(torch.stack([sample["image"] for sample in samples]))
+
+    def look(sample, pred_m):
         if len(rows) < SHOWN:
-            depth_m, valid = sample["depth"][0], sample["valid"][0]
-            aligned = align(prediction, depth_m, valid, model.target)
-            aligned = aligned.clamp(MIN_DEPTH_M, MAX_DEPTH_M)
-            rows.append(comparison(image, depth_m.numpy(), aligned.numpy(), valid.numpy()))
-        return prediction
+            image, depth_m, valid = (sample[name].numpy() for name in ("image", "depth", "valid"))
+            rows.append(comparison(image.transpose(1, 2, 0), depth_m[0], pred_m.cpu().numpy(),
+                                   valid[0]))
 
     was_training = model.training
     model.eval()
     indices = sorted({int(i) for i in np.linspace(0, len(reader) - 1, images)})
     scored = [row.scores[model.target] for row in evaluate_dataset(
-        predict, reader, [model.target], MIN_DEPTH_M, MAX_DEPTH_M, indices=indices,
-        on_bad=lambda name, reason: None)]
+        predict, reader, [model.target], MIN_DEPTH_M, MAX_DEPTH_M,
+        chunks=[[index] for index in indices], on_bad=lambda name, reason: None, look=look)]
     model.train(was_training)
     if picture and rows:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)

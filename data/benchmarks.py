@@ -7,6 +7,7 @@ from data.hypersim import Hypersim, ProcessedHypersim
 from data.pairs import FolderOfPairs
 from data.training import holds_pairs, holds_processed_hypersim
 from data.vkitti import VirtualKITTI
+from data.zeroshot import LAYOUTS, ZeroShot
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Benchmark:
 
 
 BENCHMARKS = {
+    "nyu": Benchmark("nyuv2", 1e-3, 10.0, 0, {"abs_rel": 0.050, "delta1": 0.972}),
+    "kitti": Benchmark("kitti", 1e-5, 80.0, 0, {"abs_rel": 0.082, "delta1": 0.937}),
+    "eth3d": Benchmark("eth3d", 1e-5, float("inf"), 756, {"abs_rel": 0.053, "delta1": 0.974}),
+    "scannet": Benchmark("scannet", 1e-3, 10.0, 0, {"abs_rel": 0.055, "delta1": 0.967}),
+    "diode": Benchmark("diode", 0.6, 350.0, 640, {"abs_rel": 0.215, "delta1": 0.776}),
     "hypersim": Benchmark("hypersim", 1e-5, 65.0, None, {"boundary_f1": 0.337}),
     "vkitti": Benchmark("vkitti", 1e-5, 80.0, 0, {}),
     "pairs": Benchmark("pairs", 1e-5, float("inf"), None, {}),
@@ -44,6 +50,8 @@ def open_benchmark(name, folder, depth_scale=1000.0, vkitti_crop=(352, 1216)):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there, but should hold the set {name}: give the "
                                 "folder that it lies in with --data.")
+    if name in LAYOUTS:
+        return ZeroShot(name, folder)
     if name == "vkitti":
         return VirtualKITTI(folder, "val", vkitti_crop)
     if name == "pairs":
@@ -64,6 +72,7 @@ def find_benchmarks(root):
     names = [name for name in BENCHMARKS if name != "miniature"]
     found = [name for name in names if (Path(root) / BENCHMARKS[name].folder).is_dir()]
     if not found:
-        raise FileNotFoundError(f"{root} holds none of the folders {', '.join(names)}: give the "
-                                "folder above them, or say which set it is with --datasets.")
+        folders = ", ".join(BENCHMARKS[name].folder for name in names)
+        raise FileNotFoundError(f"{root} holds none of the folders {folders}: give the folder "
+                                "above them, or say which set it is with --datasets.")
     return found

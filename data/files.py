@@ -24,15 +24,15 @@ def blame(path):
         raise BadSample(f"{path} can't be read: {reason.rstrip('.')}.") from error
 
 
-def read_picture(path):
-    """A picture -> the array that is stored in it."""
+def read_picture(path, content=None):
+    """A picture -> the array that is stored in it. content: its bytes, if they were read before."""
     with blame(path):
-        return iio.imread(path, plugin="pillow")
+        return iio.imread(path if content is None else content, plugin="pillow")
 
 
-def read_rgb(path):
+def read_rgb(path, content=None):
     """A picture -> uint8 H,W,3; grey ones are repeated, an alpha channel is dropped."""
-    image = read_picture(path)
+    image = read_picture(path, content)
     if image.dtype != np.uint8:
         raise BadSample(f"{path} is a picture of {image.dtype}, not of 8 bits a channel.")
     if image.ndim == 2:
@@ -44,9 +44,9 @@ def read_rgb(path):
     return image[..., :3]
 
 
-def read_png16(path):
+def read_png16(path, content=None):
     """A 16-bit picture of one channel -> uint16 H,W."""
-    values = read_picture(path)
+    values = read_picture(path, content)
     if values.dtype != np.uint16 or values.ndim != 2:
         raise BadSample(f"{path} is a picture of {values.dtype} with shape {values.shape}, not a "
                         "16-bit picture of one channel.")

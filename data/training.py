@@ -9,6 +9,7 @@ import torch
 from einops import reduce
 from torch.utils.data import DataLoader, Dataset
 
+from data.chunks import preflight
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
 from data.pairs import PAIRS_CSV, FolderOfPairs
 from data.sampler import draw_step, shuffled_index
@@ -118,6 +119,7 @@ def add_data_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="Hypersim (raw or prepared) or a folder of pairs")
     add("--vkitti", type=Path, help="Virtual KITTI 2: one sample in ten, or all without --data")
+    add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--size", type=int, nargs=2, metavar=("H", "W"),
         help="that --data is resized to (the model's own; SD2: 480 640)")
     add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
@@ -156,6 +158,16 @@ def open_training_set(data, vkitti, size, crop=(352, 1216), depth_scale=1000.0,
         probabilities.append(0.1)
         sizes.append(crop)
     return TrainingSet(sources, probabilities, sizes, target, seed, batch, rgb_resize)
+
+
+def check_data(training_set, held_out, workers):
+    """Opens every sample and prints what is wrong. ValueError if there is anything."""
+    readers = {f"{source.root}, to train on": source for source in training_set.sources}
+    if held_out:
+        readers[f"{held_out.root}, to validate on"] = held_out
+    bad = preflight(readers, workers)
+    if bad:
+        raise ValueError(f"{bad} samples can't be used: they are listed above.")
 
 
 def read_batches(training_set, sampler, workers, on_bad):

@@ -50,7 +50,8 @@ class VirtualKITTI:
         rows, columns = kitti_crop(depth_cm.shape, self.crop, depth_path)
         depth_m = depth_cm[rows, columns].astype(np.float32) / 100
         valid = (depth_m > MIN_DEPTH_M) & (depth_m < MAX_DEPTH_M)
-        return pack_sample(image[rows, columns], depth_m, valid, self.name(i), depth_path)
+        sample = pack_sample(image[rows, columns], depth_m, valid, self.name(i), depth_path)
+        return dict(sample, uncropped=depth_cm.shape)
 
 
 def find_trees(root):

@@ -84,7 +84,7 @@ class DepthMaster(nn.Module):
         timesteps: of the passes, each of which starts from the last one's output; the method has
         one, at t = 1 (no noise, no scheduler: the output is the latent).
         """
-        latent = self.vae.encode(image.to(self.unet.conv_in.weight.dtype))
+        latent = self.vae.encode(image.to(self.dtype))
         for timestep in timesteps:
             latent, _ = self.unet(latent, timestep=timestep)
         return self.decode_depth(latent).float().clamp(-1, 1)
@@ -93,34 +93,40 @@ class DepthMaster(nn.Module):
         """latent B,4,h,w -> depth map B,1,8h,8w: the decoder's channels' mean, not clipped."""
         return self.vae.decode(latent).mean(dim=1, keepdim=True)
 
-    @torch.inference_mode()
-    def predict(self, image, processing_res=None, timesteps=(1,)):
+    def predict(self, image, processing_res=None):
         """image uint8 H,W,3 -> float32 H,W in [0,1], `target` up to scale and shift.
 
         processing_res: longest side while processing; None: the model's own, 0: the image's.
-        timesteps: as in `forward`.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be uint8 of shape H,W,3, not {image.dtype} of shape "
                              f"{image.shape}.")
-        x = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)  # a mirrored view, too
-        # 1,3,H,W in 0..255. contiguous: as a view of H,W,3 it would pass for channels-last where no
-        # resize follows, and the CPU's GroupNorm is 30 times less exact on that.
-        x = x.permute(2, 0, 1)[None].float().contiguous()
-        size = self.processing_size(image.shape[:2], processing_res)
-        x = resize(x, size).round().clamp(0, 255)  # to 8 bits, as a saved picture would be
-        return to_unit_map(self(x / 127.5 - 1, timesteps), image.shape[:2])
+        x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # a mirrored view, too
+        return self.predict_batch(x[None], processing_res)[0].cpu().numpy()
 
     @torch.inference_mode()
-    def round_trip(self, target, processing_res=None):
-        """A normalised target 1,H,W in [-1,1], encoded and decoded -> float32 H,W in [0,1].
+    def predict_batch(self, images, processing_res=None, timesteps=(1,)):
+        """images uint8 B,3,H,W -> float32 B,H,W in [0,1] on the model's device, as `predict`.
+
+        timesteps: as in `forward`.
+        """
+        # Contiguous: a view of H,W,3 would pass for channels-last where no resize follows, and the
+        # CPU's GroupNorm is 30 times less exact on that.
+        x = images.to(self.device).contiguous().float()
+        x = resize(x, self.processing_size(images.shape[2:], processing_res))
+        x = x.round().clamp(0, 255)  # to 8 bits, as a saved picture would be
+        return to_unit_map(self(x / 127.5 - 1, timesteps), images.shape[2:])
+
+    @torch.inference_mode()
+    def round_trip(self, targets, processing_res=None):
+        """Normalised targets B,1,H,W in [-1,1], encoded and decoded -> float32 B,H,W in [0,1].
 
         What the autoencoder alone leaves of the truth: the I2L row of Table II.
         """
-        size = self.processing_size(target.shape[1:], processing_res)
-        x = F.interpolate(target[None].to(self.device), size=size, mode="nearest-exact")
-        latent = self.vae.encode(x.expand(-1, 3, -1, -1).to(self.unet.conv_in.weight.dtype))
-        return to_unit_map(self.decode_depth(latent).float().clamp(-1, 1), target.shape[1:])
+        size = self.processing_size(targets.shape[2:], processing_res)
+        x = F.interpolate(targets.to(self.device), size=size, mode="nearest-exact")
+        latent = self.vae.encode(x.expand(-1, 3, -1, -1).to(self.dtype))
+        return to_unit_map(self.decode_depth(latent).float().clamp(-1, 1), targets.shape[2:])
 
     def processing_size(self, size, processing_res=None):
         """(height, width) at which a picture of another size is processed, as in `predict`."""
@@ -136,10 +142,14 @@ class DepthMaster(nn.Module):
     def device(self):
         return self.unet.conv_in.weight.device
 
+    @property
+    def dtype(self):
+        return self.unet.conv_in.weight.dtype
+
 
 def to_unit_map(depth, size):
-    """Depth map 1,1,h,w in [-1,1] -> float32 array of another size (H, W) in [0,1]."""
-    return resize((depth + 1) / 2, size)[0, 0].clamp(0, 1).cpu().numpy()
+    """Depth maps B,1,h,w in [-1,1] -> B,H,W in [0,1] of another size (H, W)."""
+    return resize((depth + 1) / 2, size)[:, 0].clamp(0, 1)
 
 
 def resize(x, size):

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -21,6 +23,7 @@ from nets.depthmaster import DepthMaster
 from test_metrics import boxes, noisy, numpy_score
 from test_predict import photo, save_tiny
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on their number
 SIZES = {"a": (40, 60), "deep/b": (45, 50), "deep/c": (45, 50)}
 
 
@@ -69,7 +72,7 @@ def results(out):
     """metrics.json, and per_image.csv as {(dataset, image): {score: float}}."""
     with open(out / "per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["dataset", "image", *metrics.SCORES]
+    assert list(rows[0])[:13] == ["dataset", "image", *metrics.SCORES]
     images = {(row["dataset"], row["image"]): {key: float(row[key]) for key in metrics.SCORES}
               for row in rows}
     return json.loads((out / "metrics.json").read_text()), images
@@ -156,10 +159,12 @@ def test_paradigms(paradigm, world, ckpt, monkeypatch, capsys):
         depth_m, valid = truth(world, name)
         if paradigm == "i2l":
             depth = torch.from_numpy(depth_m)[None]
-            pred = model.round_trip(normalise_target(depth, torch.from_numpy(valid)[None]))
+            target = normalise_target(depth, torch.from_numpy(valid)[None])
+            pred = model.round_trip(target[None])[0].numpy()
         else:
             steps = (4, 3, 2, 1) if paradigm == "iterative" else (1,)
-            pred = model.predict(photo(*SIZES[name], seed=number), timesteps=steps)
+            image = torch.from_numpy(photo(*SIZES[name], seed=number)).permute(2, 0, 1)
+            pred = model.predict_batch(image[None], timesteps=steps)[0].numpy()
         expected.append(pairs_score(pred, depth_m, valid, "sqrt_disparity"))
     found = results(world / "out")[0]["pairs"]
     assert found["paradigm"] == paradigm
@@ -197,7 +202,7 @@ def test_bad_predictions_are_named_or_skipped(how, reason, world, monkeypatch, c
     assert call(monkeypatch, *arguments) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and "deep/b.npy" in last and reason in last
-    assert not (world / "out").exists()
+    assert not (world / "out" / "metrics.json").exists()
 
     assert call(monkeypatch, *arguments, "--skip-bad") == 0
     printed = capsys.readouterr()
@@ -216,6 +221,130 @@ def test_bad_truth_is_named_or_skipped(world, monkeypatch, capsys):
     assert call(monkeypatch, *arguments, "--skip-bad", "--limit", 1) == 1
     assert "error: none of the 1 images of pairs could be scored" in capsys.readouterr().err
     assert call(monkeypatch, *arguments, "--skip-bad") == 0
+
+
+def many_pairs(root, count=30):
+    """ROOT/pairs with images of two sizes, five of one, five of the other, and so on."""
+    for number in range(count):
+        size = (40, 60) if number // 5 % 2 else (45, 50)
+        save(root / f"pairs/rgb/{number:02d}.png", photo(*size, seed=number))
+        save(root / f"pairs/depth/{number:02d}.png", np.round(1000 * boxes(*size, seed=number)[0]))
+    return root
+
+
+def run(*arguments):
+    """The script in a process of its own."""
+    words = [sys.executable, evaluate.__file__, *map(str, arguments)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=ONE_THREAD)
+
+
+def files_of(out):
+    return [(out / name).read_bytes() for name in ("metrics.json", "per_image.csv")]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_killed_evaluation_goes_on_where_it_stopped(batch, tmp_path, ckpt):
+    root = many_pairs(tmp_path / "root")
+    arguments = ["--ckpt", ckpt, "--data", root, "--batch", batch, "--processing-res", 100]
+    assert run(*arguments, "--out", tmp_path / "whole").wait() == 0
+    journal, killed = tmp_path / "cut/per_image.csv", []
+    while not killed or killed[-1] < 20:
+        process = run(*arguments, "--out", tmp_path / "cut", "--workers", 0)
+        wanted = (killed[-1] if killed else 0) + 7
+        while process.poll() is None and not (
+                journal.exists() and journal.read_bytes().count(b"\n") > wanted):
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        killed.append(journal.read_bytes().count(b"\n") - 1)
+    with open(journal, "a") as file:
+        file.write("pairs,rgb/29,0.1")  # a row that was cut off
+    process = run(*arguments, "--out", tmp_path / "cut")
+    assert "going on" in process.communicate()[1] and process.returncode == 0
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    lines = (tmp_path / "cut/per_image.csv").read_text().splitlines()
+    assert len(lines) == 31 and len({line.split(",")[1] for line in lines}) == 31
+
+
+def test_ranks_share_the_images(tmp_path, ckpt):
+    """Three ranks, whose shares differ, give the same files as one."""
+    root = many_pairs(tmp_path / "root", count=10)
+    arguments = ["--ckpt", ckpt, "--data", root, "--batch", 2, "--device", "cpu", "--workers", 0]
+    assert run(*arguments, "--out", tmp_path / "one").wait() == 0
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             "3", evaluate.__file__, *arguments, "--out", tmp_path / "three"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True,
+                          env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("10 images") == 1
+    for one, three in zip(files_of(tmp_path / "one"), files_of(tmp_path / "three")):
+        assert one == three
+    assert not list((tmp_path / "three").glob("per_image.rank*"))
+
+
+def test_scores_with_other_settings_are_not_mixed(world, monkeypatch, capsys):
+    arguments = ["--predictions", world / "saved", "--data", world / "root", "--out", world / "out"]
+    assert call(monkeypatch, *arguments) == 0
+    first = results(world / "out")[0]
+    assert call(monkeypatch, *arguments) == 0
+    assert "holds the scores of 3 images already" in capsys.readouterr().err
+    assert call(monkeypatch, *arguments, "--align-negative", "square") == 0
+    assert "other settings (align_negative)" in capsys.readouterr().err
+    assert results(world / "out")[0]["pairs"]["abs_rel"] != first["pairs"]["abs_rel"]
+    path = world / "saved/pairs/rgb/a.npy"
+    np.save(path, np.load(path) ** 2)  # another prediction of the same name
+    assert call(monkeypatch, *arguments) == 0
+    again = results(world / "out")[1]
+    assert call(monkeypatch, *arguments[:-1], world / "fresh") == 0
+    assert again == results(world / "fresh")[1]
+
+
+def test_a_report_has_the_pictures_of_every_image(world, monkeypatch, capsys):
+    assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                "--out", world / "out", "--report") == 0
+    page = (world / "out/report.html").read_text()
+    pictures = {path.parent.relative_to(world / "out/pictures/pairs").as_posix(): path
+                for path in (world / "out/pictures").rglob("truth.jpg")}
+    assert set(pictures) == {"rgb/a", "rgb/deep/b", "rgb/deep/c"}
+    assert iio.imread(pictures["rgb/a"]).shape == (40, 60, 3)
+    assert page.count('"truth": "/9j/') == 3  # the JPEGs, in base64
+    assert "report.html" in capsys.readouterr().err
+
+
+def test_evaluations_side_by_side(world, monkeypatch, capsys):
+    for negative in ("clamp", "square"):
+        assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                    "--align-negative", negative, "--out", world / negative) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "--compare", world / "clamp", world / "square") == 0
+    printed = capsys.readouterr().out
+    assert "pairs: 3 images that all have" in printed
+    assert "warning: align_negative differs (clamp, square)" in printed
+    assert call(monkeypatch, "--compare", world / "clamp", world) == 1
+
+
+def test_preflight_names_every_bad_file(world, monkeypatch, capsys):
+    arguments = ["--preflight", "--data", world / "root", "--workers", 0]
+    assert call(monkeypatch, *arguments) == 0
+    assert "pairs: 3 samples, 0 bad" in capsys.readouterr().out
+    save(world / "root/pairs/depth/a.png", np.zeros(SIZES["a"]))
+    (world / "root/pairs/rgb/deep/b.png").write_bytes(b"no picture")
+    assert call(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr()
+    assert "3 samples, 2 bad" in printed.out and "a.png has no valid pixel" in printed.out
+    assert "b.png can't be read" in printed.out
+    assert printed.err.splitlines()[-1].startswith("error: 2 images can't be used")
+    assert not (world / "evaluation").exists()
+
+
+def test_a_constant_prediction_is_counted(world, monkeypatch, capsys):
+    np.save(world / "saved/pairs/rgb/a.npy", np.full(SIZES["a"], 0.25))
+    assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                "--out", world / "out") == 0
+    found = results(world / "out")[0]["pairs"]
+    assert found["unfitted"] == 1 and np.isfinite(found["abs_rel"])
+    assert "1 predictions could not fix scale and shift" in capsys.readouterr().out
 
 
 def test_virtual_kitti_is_cropped_and_clipped(tmp_path, ckpt, monkeypatch, capsys):
@@ -269,7 +398,7 @@ def test_without_arguments_the_miniature_scores_itself(tmp_path, ckpt, monkeypat
 def test_mistakes_are_one_sentence(world, ckpt, monkeypatch, capsys):
     for arguments, message in [
         (["--data", world / "root"], "--data needs --ckpt"),
-        (["--ckpt", ckpt, "--data", world], "holds none of the folders hypersim, vkitti, pairs"),
+        (["--ckpt", ckpt, "--data", world], "holds none of the folders nyuv2, kitti, eth3d"),
         (["--ckpt", ckpt, "--data", world / "nowhere", "--datasets", "pairs"], "nowhere"),
         (["--ckpt", ckpt, "--datasets", "pairs"], "--datasets pairs needs --data"),
         (["--ckpt", ckpt, "--data", world / "root", "--datasets", "pairs", "vkitti"],

@@ -260,21 +260,21 @@ class Reader:
         self.maps = [boxes(30, 40, seed=0), None, boxes(45, 50, holes=0.1, seed=1)]
 
     def __len__(self):
-        return 3
+        return len(self.maps)
 
     def name(self, index):
         return f"scene/{index}"
 
     def __getitem__(self, index):
         if self.maps[index] is None:
-            raise ValueError("scene/1.hdf5 is truncated.")
+            raise ValueError(f"scene/{index}.hdf5 is truncated.")
         depth_m, valid = tensors(*self.maps[index])
         return dict(image=torch.zeros(3, *depth_m.shape, dtype=torch.uint8), depth=depth_m[None],
                     valid=valid[None], name=self.name(index))
 
 
-def predict(sample):
-    return noisy(sample["depth"][0].numpy(), "disparity")
+def predict(samples):
+    return [noisy(sample["depth"][0].numpy(), "disparity") for sample in samples]
 
 
 def test_evaluate_dataset_scores_every_image_in_every_space():
@@ -297,8 +297,48 @@ def test_evaluate_dataset_scores_every_image_in_every_space():
 def test_evaluate_dataset_raises_without_on_bad_and_takes_indices():
     with pytest.raises(ValueError, match="truncated"):
         list(metrics.evaluate_dataset(predict, Reader(), ["depth"], **RANGE))
-    rows = metrics.evaluate_dataset(predict, Reader(), ["depth"], **RANGE, indices=[2, 0])
+    rows = metrics.evaluate_dataset(predict, Reader(), ["depth"], **RANGE, chunks=[[2], [0]])
     assert [row.image for row in rows] == ["scene/2", "scene/0"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_one_size_are_predicted_together(workers):
+    reader, sizes, bad = Reader(), [], []
+    reader.maps = [boxes(30, 40, seed=0), boxes(30, 40, seed=1), None, boxes(45, 50, seed=2)]
+
+    def predict_and_note(samples):
+        sizes.append(len(samples))
+        return predict(samples)
+
+    together = list(metrics.evaluate_dataset(
+        predict_and_note, reader, ["depth"], **RANGE, chunks=[[0, 1, 2, 3]], workers=workers,
+        on_bad=lambda name, reason: bad.append(name)))
+    assert sizes == [2, 1] and bad == ["scene/2"]
+    alone = list(metrics.evaluate_dataset(predict, reader, ["depth"], **RANGE,
+                                          on_bad=lambda name, reason: None))
+    assert together == alone
+
+
+def test_what_is_looked_at_is_aligned_and_clipped():
+    seen = []
+    reader = Reader()
+    list(metrics.evaluate_dataset(
+        predict, reader, ["disparity", "depth"], **RANGE, chunks=[[0]],
+        look=lambda sample, pred_m: seen.append((sample["name"], pred_m))))
+    depth_m, valid = tensors(*reader.maps[0])
+    expected = metrics.align(noisy(reader.maps[0][0], "disparity"), depth_m, valid, "disparity")
+    assert seen[0][0] == "scene/0" and torch.equal(seen[0][1], expected.clamp(1e-3, 10))
+
+
+def test_predictions_that_fix_nothing_are_counted():
+    flat = list(metrics.evaluate_dataset(lambda samples: [torch.full((30, 40), 0.5)], Reader(),
+                                         ["depth", "disparity"], **RANGE, chunks=[[0]]))
+    assert flat[0].unfitted == ["depth", "disparity"]
+    assert all(math.isfinite(value) for scores in flat[0].scores.values()
+               for value in scores.values())
+    negative = list(metrics.evaluate_dataset(lambda samples: [-torch.rand(30, 40)], Reader(),
+                                             ["depth", "disparity"], **RANGE, chunks=[[0]]))
+    assert negative[0].unfitted == ["disparity"]
 
 
 @pytest.mark.parametrize("pred, message", [
@@ -307,7 +347,7 @@ def test_evaluate_dataset_raises_without_on_bad_and_takes_indices():
 ])
 def test_predictions_that_cannot_be_scored_are_named(pred, message):
     with pytest.raises(ValueError, match=message):
-        list(metrics.evaluate_dataset(lambda sample: pred, Reader(), ["depth"], **RANGE))
+        list(metrics.evaluate_dataset(lambda samples: [pred], Reader(), ["depth"], **RANGE))
 
 
 @pytest.mark.parametrize("call", [

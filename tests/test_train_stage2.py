@@ -1,5 +1,6 @@
 """train_stage2.py from end to end, on networks of a few thousand parameters and some pairs."""
 
+import shutil
 import sys
 
 import pytest
@@ -182,6 +183,21 @@ def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
     with pytest.raises((ValueError, OSError), match=words):
         train(monkeypatch, files, tmp_path / "run", *options)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_preflight_looks_and_trains_nothing(files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(files / "pairs", tmp_path / "pairs")
+    options = ["--preflight", "--data", tmp_path / "pairs"]
+    words = ["train_stage2.py", "--ckpt", files / "stage1.safetensors", "--out", tmp_path / "run",
+             "--workers", 0, "--device", "cpu", *options]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    train_stage2.main()
+    assert "6 samples, 0 bad" in capsys.readouterr().out
+    (tmp_path / "pairs/val/depth/1.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 samples can't be used"):
+        train_stage2.main()
+    assert "1.npy can't be read" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_block_is_not_dropped(files, tmp_path, monkeypatch):

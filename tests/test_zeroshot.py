@@ -1,0 +1,199 @@
+"""data/zeroshot.py and data/archives.py: small worlds in each set's own layout, tar and folder."""
+
+import io
+import pickle
+import tarfile
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from data import zeroshot
+from data.archives import Tar
+from data.benchmarks import BENCHMARKS, open_benchmark
+from data.transforms import BadSample
+
+SIZES = {"nyu": (480, 640), "kitti": (375, 1242), "eth3d": (40, 60), "scannet": (48, 64),
+         "diode": (48, 64)}
+
+
+def png(array):
+    return iio.imwrite("<bytes>", array, extension=".png")
+
+
+def npy(array):
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def world_of(name, seed=0):
+    """({name in the archive: bytes}, depth_m H,W, image H,W,3) of one image of a set."""
+    rng = np.random.default_rng(seed)
+    height, width = SIZES[name]
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    depth_m = rng.uniform(0.5, 12, (height, width)).astype(np.float32)
+    if name == "nyu":
+        depth_mm = np.round(1000 * depth_m).astype(np.uint16)
+        return {f"test/kitchen_0004/rgb_000{seed}.png": png(image),
+                f"test/kitchen_0004/depth_000{seed}.png": png(depth_mm),
+                f"test/kitchen_0004/filled_000{seed}.png": png(depth_mm),
+                f"train/kitchen_0001/rgb_000{seed}.png": png(image),
+                f"train/kitchen_0001/depth_000{seed}.png": png(depth_mm)}, depth_mm / 1000, image
+    if name == "kitti":
+        raw = np.round(256 * depth_m).astype(np.uint16)
+        raw[rng.random(raw.shape) < 0.7] = 0
+        drive = "2011_09_26_drive_0002_sync"
+        return {f"2011_09_26/{drive}/image_02/data/000000000{seed}.png": png(image),
+                f"2011_09_26/{drive}/image_02/data/000000007{seed}.png": png(image),  # no truth
+                f"{drive}/proj_depth/groundtruth/image_02/000000000{seed}.png": png(raw)
+                }, raw / 256, image
+    if name == "eth3d":
+        depth_m[rng.random(depth_m.shape) < 0.3] = np.inf
+        jpg = iio.imwrite("<bytes>", image, extension=".jpg", quality=95)
+        scene = "courtyard"
+        return {f"rgb/{scene}/images/dslr_images/DSC_028{seed}.JPG": jpg,
+                f"depth/{scene}_dslr_depth/{scene}/ground_truth_depth/dslr_images/"
+                f"DSC_028{seed}.JPG": depth_m.astype("<f4").tobytes()}, depth_m, iio.imread(jpg)
+    if name == "scannet":
+        depth_mm = np.round(1000 * depth_m).astype(np.uint16)
+        jpg = iio.imwrite("<bytes>", image, extension=".jpg", quality=95)
+        return {f"scene0568_00/color/00000{seed}.jpg": jpg,
+                f"scene0568_00/depth/00000{seed}.png": png(depth_mm)
+                }, depth_mm / 1000, iio.imread(jpg)
+    stem = f"indoors/scene_00019/scan_00183/00019_00183_indoors_150_00{seed}"
+    mask = (rng.random(depth_m.shape) > 0.2).astype(np.float64)
+    return {f"{stem}.png": png(image), f"{stem}_depth.npy": npy(depth_m[..., None]),
+            f"{stem}_depth_mask.npy": npy(mask)}, np.where(mask > 0, depth_m, np.nan), image
+
+
+def write(folder, members, tar=None):
+    """As a tar with ./ before the names, or as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if tar:
+        with tarfile.open(folder / tar, "w") as archive:
+            for name, content in members.items():
+                entry = tarfile.TarInfo(f"./{name}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    else:
+        for name, content in members.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def expected_mask(name, depth_m):
+    """The set's rule, from its documentation, a pixel at a time."""
+    height, width = depth_m.shape
+    mask = np.zeros((height, width), bool)
+    for i in range(height):
+        for j in range(width):
+            d = depth_m[i, j]
+            mask[i, j] = {"nyu": 1e-3 < d < 10 and 45 <= i < 471 and 41 <= j < 601,
+                          "kitti": 1e-5 < d < 80 and 117 <= i < 321 and 43 <= j < 1172,
+                          "eth3d": 1e-5 < d < np.inf, "scannet": 1e-3 < d < 10,
+                          "diode": np.isfinite(d)}[name]
+    return mask
+
+
+@pytest.fixture(autouse=True)
+def small_eth3d(monkeypatch):
+    monkeypatch.setattr(zeroshot, "ETH3D_SIZE", SIZES["eth3d"])
+
+
+@pytest.mark.parametrize("packed", ["tar", "folder", "inner folder"])
+@pytest.mark.parametrize("name", SIZES)
+def test_each_set_in_its_own_layout(name, packed, tmp_path):
+    members, depth_m, image = world_of(name)
+    tar = zeroshot.LAYOUTS[name].tar
+    folder = tmp_path / BENCHMARKS[name].folder
+    write(folder / tar[:-4] if packed == "inner folder" else folder, members,
+          tar if packed == "tar" else None)
+    reader = open_benchmark(name, folder)
+    assert len(reader) == 1
+    sample = reader[0]
+    if name == "kitti":
+        depth_m, image = depth_m[23:, 13:1229], image[23:, 13:1229]
+        assert sample["uncropped"] == (375, 1242)
+    assert np.array_equal(sample["image"].numpy().transpose(1, 2, 0), image)
+    valid = sample["valid"][0].numpy()
+    assert np.array_equal(valid, expected_mask(name, depth_m)) and 0 < valid.sum() < valid.size
+    np.testing.assert_allclose(sample["depth"][0].numpy()[valid], depth_m[valid], rtol=1e-6)
+    assert f"{sample['name']}.{reader.pairs[0][0].rsplit('.')[-1]}" in members
+
+
+def test_names_and_counts_are_the_documented_ones(tmp_path):
+    members, _, _ = world_of("nyu")
+    reader = zeroshot.ZeroShot("nyu", write(tmp_path, members, "nyu_labeled_extracted.tar"))
+    assert reader.name(0) == "test/kitchen_0004/rgb_0000"  # not train/, not filled_
+    counts = {name: layout.images for name, layout in zeroshot.LAYOUTS.items()}
+    assert counts == {"nyu": 654, "kitti": 652, "eth3d": 454, "scannet": 800, "diode": 771}
+
+
+def test_order_does_not_depend_on_the_archive(tmp_path):
+    members = {}
+    for seed in (3, 1, 2):
+        members |= world_of("diode", seed)[0]
+    backwards = dict(reversed(members.items()))
+    readers = [zeroshot.ZeroShot("diode", write(tmp_path / str(i), content, "diode_val.tar"))
+               for i, content in enumerate((members, backwards))]
+    names = [[reader.name(i) for i in range(3)] for reader in readers]
+    assert names[0] == names[1] == sorted(names[0])
+
+
+def test_an_archive_serves_several_processes(tmp_path):
+    members, _, _ = world_of("scannet")
+    archive = Tar(write(tmp_path, members, "a.tar") / "a.tar")
+    name = "scene0568_00/depth/000000.png"
+    assert archive.read(name) == members[name]
+    other = pickle.loads(pickle.dumps(archive))
+    assert other.read(name) == members[name] and other.file is not archive.file
+
+
+def test_nothing_leads_out_of_an_archive(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("../outside.png", "/etc/absolute.png", "./inside.png"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            archive.addfile(entry, io.BytesIO(b"abcd"))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            entry = tarfile.TarInfo(f"special{kind.decode()}")
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+    assert Tar(tmp_path / "a.tar").names == {"inside.png"}
+
+
+@pytest.mark.parametrize("spoil", ["cut", "nonsense", "compressed"])
+def test_broken_archives_are_named(tmp_path, spoil):
+    folder = write(tmp_path, world_of("scannet")[0], "scannet_val_sampled_800_1.tar")
+    path = folder / "scannet_val_sampled_800_1.tar"
+    content = path.read_bytes()
+    if spoil == "compressed":
+        import gzip
+        path.write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content[:3000] if spoil == "cut" else b"\x01nonsense" * 100)
+    with pytest.raises(ValueError, match="scannet_val_sampled_800_1.tar is not a complete"):
+        zeroshot.ZeroShot("scannet", folder)
+
+
+@pytest.mark.parametrize("name, ending, content, reason", [
+    ("eth3d", "DSC_0280.JPG", b"1234", "has 4 bytes"),
+    ("diode", "_depth.npy", npy(np.array([{}], dtype=object)), "can't be read"),
+    ("diode", "_depth_mask.npy", npy(np.ones((4, 5))), "but its counterpart is"),
+    ("kitti", "image_02/0000000000.png", b"no picture", "can't be read"),
+    ("nyu", "kitchen_0004/depth_0000.png", png(np.zeros(SIZES["nyu"], np.uint16)),
+     "no valid pixel"),
+])
+def test_bad_members_are_named(tmp_path, name, ending, content, reason):
+    members = world_of(name)[0]
+    spoiled = [member for member in members if member.endswith(ending)][-1]
+    folder = write(tmp_path, members | {spoiled: content}, zeroshot.LAYOUTS[name].tar)
+    with pytest.raises(BadSample, match=reason):
+        zeroshot.ZeroShot(name, folder)[0]
+
+
+def test_an_empty_folder_says_what_belongs_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="diode_val.tar"):
+        zeroshot.ZeroShot("diode", tmp_path)
