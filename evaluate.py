@@ -141,34 +141,34 @@ def columns(spaces):
     return [*metrics.SCORES, "height", "width", "unfitted", *others]
 
 
-def as_row(image, spaces):
+def as_row(image):
     """The cells of an ImageScores."""
-    others = [value for space in spaces[1:] for value in image.scores[space].values()]
-    return [*image.scores[spaces[0]].values(), *image.size, " ".join(image.unfitted), *others]
+    first, *others = image.scores.values()
+    return [*first.values(), *image.size, " ".join(image.unfitted),
+            *(value for scores in others for value in scores.values())]
 
 
-def score_set(name, reader, count, predict, spaces, args, journal, ranks):
-    """Scores those of a set's first `count` images that the journal lacks, this rank's share."""
-    benchmark = BENCHMARKS[name]
+def score_set(name, reader, count, score, batch, journal, ranks):
+    """Scores those of a set's first `count` images that the journal lacks, this rank's share.
 
-    def skip(image, reason):
-        tqdm.write(f"skipped {name}/{image}: {reason}", file=sys.stderr)
-
+    score(chunks) -> ImageScores; batch: images in a chunk.
+    """
     # What is predicted together does not depend on what was done before an interruption.
-    chunks = [range(first, min(first + args.batch, count)) for first in range(0, count, args.batch)]
+    chunks = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
     done = {index for index in range(count) if (name, reader.name(index)) in journal.rows}
     todo = [chunk for chunk in chunks[ranks.rank::ranks.world] if not done.issuperset(chunk)]
-    scored = metrics.evaluate_dataset(
-        predict, reader, spaces, benchmark.min_depth, benchmark.max_depth, args.align_negative,
-        args.f1_mask, todo, args.workers, on_bad=skip if args.skip_bad else None,
-        look=partial(save_pictures, args.out, name) if args.report else None)
     left = sum(index not in done for chunk in todo for index in chunk)
     with tqdm(desc=name, total=left, unit="image", dynamic_ncols=True,
               disable=not ranks.first) as bar:
-        for image in scored:
+        for image in score(chunks=todo):
             if (name, image.image) not in journal.rows:
-                journal.add(name, image.image, as_row(image, spaces))
+                journal.add(name, image.image, as_row(image))
                 bar.update()
+
+
+def say_skipped(name):
+    """An `on_bad` that says which image of a set is left out."""
+    return lambda image, reason: tqdm.write(f"skipped {name}/{image}: {reason}", file=sys.stderr)
 
 
 def summarise(rows, spaces):
@@ -252,90 +252,101 @@ def say_defaults(ckpt, predictions, data):
         engine.say(f"No --data: on the miniature's held-out scenes in {embedded.SCENES}.")
 
 
-def open_journal(args, ckpt, spaces, keys, ranks):
-    """The journal in --out, with the rows that an interrupted evaluation left."""
+def open_journal(out, settings, names, keys, ranks):
+    """The journal in a folder, with the rows that an interrupted evaluation left there.
+
+    settings: what the rows depend on; names: of the columns; keys: the rows that there should be.
+    """
     if ranks.first:
-        changed = prepare(args.out, settings_of(args, ckpt, spaces[0], keys))
+        changed = prepare(out, settings)
         if changed:
-            engine.say(f"{args.out} held scores with other settings ({', '.join(changed)}); they "
-                       "are replaced.")
-        Journal(args.out, columns(spaces)).merge(keys)
+            engine.say(f"{out} held scores with other settings ({', '.join(changed)}); they are "
+                       "replaced.")
+        Journal(out, names).merge(keys)
     engine.wait()
-    journal = Journal(args.out, columns(spaces), ranks.rank)
+    journal = Journal(out, names, ranks.rank)
     if journal.rows:
-        engine.say(f"{args.out} holds the scores of {len(journal.rows)} images already: going on "
-                   f"(remove {args.out / 'per_image.csv'} to begin anew).")
+        engine.say(f"{out} holds the scores of {len(journal.rows)} images already: going on "
+                   f"(remove {out / 'per_image.csv'} to begin anew).")
     return journal
 
 
-def settings_of(args, ckpt, align, keys):
-    """What the rows of per_image.csv depend on."""
-    if args.predictions:
-        alone = len({name for name, _ in keys}) == 1
-        source = {name: predictions.state(locate(name, args.predictions, alone),
-                                          [image for which, image in keys if which == name])
-                  for name in sorted({name for name, _ in keys})}
-    else:
-        with open(ckpt, "rb") as file:
-            source = dict(ckpt=hashlib.file_digest(file, "sha256").hexdigest(),
-                          precision=args.precision, paradigm=args.paradigm,
-                          processing_res=args.processing_res, batch=args.batch)
-    return source | dict(data=args.data and str(args.data.resolve()), align=align,
-                         align_negative=args.align_negative, f1_mask=args.f1_mask,
-                         depth_scale=args.depth_scale, vkitti_crop=args.vkitti_crop)
+def decisive(options, source):
+    """What rows depend on: of the options (a dict) these, and the source, as plain types."""
+    names = ["data", "align", "align_negative", "f1_mask", "depth_scale", "vkitti_crop"]
+    if not options["predictions"]:
+        names += ["precision", "paradigm", "processing_res", "batch"]
+    return source | {name: str(options[name]) for name in names}
 
 
-def resolution_of(name, args, model):
-    """Longest side in prediction: as asked, else the set's, else the model's."""
-    choices = (args.processing_res, BENCHMARKS[name].processing_res, model.processing_res)
-    return next(choice for choice in choices if choice is not None)
+def state_of_weights(ckpt):
+    with open(ckpt, "rb") as file:
+        return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def check_data(args):
+def state_of_predictions(folder, keys):
+    """{set: state of its saved predictions}, for the images (set, name) in keys."""
+    names = dict.fromkeys(name for name, _ in keys)
+    return {name: predictions.state(locate(name, folder, len(names) == 1),
+                                    [image for which, image in keys if which == name])
+            for name in names}
+
+
+def check_data(sets, workers):
     """--preflight: opens every image of the sets. ValueError if anything is wrong."""
-    sets = open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop)
-    bad = preflight(dict(sets), args.workers)
+    bad = preflight(dict(sets), workers)
     if bad:
         raise ValueError(f"{bad} images can't be used: they are listed above.")
 
 
 def main():
     args = options()
-    if args.preflight:
-        return check_data(args)
     if args.compare:
         return print(compare(args.compare, PUBLISHED))
+    if args.preflight:
+        return check_data(open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop),
+                          args.workers)
     ranks = engine.start("cpu" if args.predictions else args.device)
     say_defaults(args.ckpt, args.predictions, args.data)
     ckpt = args.ckpt or embedded.TRAINED
     model = None if args.predictions else open_model(ckpt, ranks.device, args.precision)
-    args.batch = args.batch or (8 if ranks.device.type == "cuda" else 1)
-    align = args.align or (model.target if model else "sqrt_disparity")
-    spaces = [align] if model else [align, *(s for s in metrics.SPACES if s != align)]
+    # Saved predictions are read one by one, so that a bad file is alone.
+    args.batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
+    args.align = args.align or (model.target if model else "sqrt_disparity")
+    spaces = [args.align, *(s for s in metrics.SPACES if s != args.align and not model)]
     sets = open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop)
     asked = {name: min(len(reader), args.limit or len(reader)) for name, reader in sets}
     keys = [(name, reader.name(index)) for name, reader in sets for index in range(asked[name])]
-    journal = open_journal(args, ckpt, spaces, keys, ranks)
-    about = dict(limit=args.limit, align=align, align_negative=args.align_negative,
+    source = state_of_weights(ckpt) if model else state_of_predictions(args.predictions, keys)
+    journal = open_journal(args.out, decisive(vars(args), source), columns(spaces), keys, ranks)
+    about = dict(limit=args.limit, align=args.align, align_negative=args.align_negative,
                  f1_mask=args.f1_mask, paradigm=args.paradigm if model else None,
                  precision=model and str(model.dtype).removeprefix("torch."))
     results = {}
     for name, reader in sets:
-        longest = model and resolution_of(name, args, model)
-        predict = (model_predictor(model, longest, args.paradigm) if model else
-                   saved_predictor(locate(name, args.predictions, len(sets) == 1)))
-        score_set(name, reader, asked[name], predict, spaces, args, journal, ranks)
+        benchmark, longest = BENCHMARKS[name], None
+        if model:
+            choices = (args.processing_res, benchmark.processing_res, model.processing_res)
+            longest = next(choice for choice in choices if choice is not None)
+            predict = model_predictor(model, longest, args.paradigm)
+        else:
+            predict = saved_predictor(locate(name, args.predictions, len(sets) == 1))
+        score = partial(metrics.evaluate_dataset, predict, reader, spaces, benchmark.min_depth,
+                        benchmark.max_depth, args.align_negative, args.f1_mask,
+                        workers=args.workers, on_bad=say_skipped(name) if args.skip_bad else None,
+                        look=partial(save_pictures, args.out, name) if args.report else None)
+        score_set(name, reader, asked[name], score, args.batch, journal, ranks)
         engine.wait()
         if ranks.first:
             journal.merge(keys)
             rows = [row for key, row in journal.rows.items() if key[0] == name]
             if not rows:
                 raise ValueError(f"none of the {asked[name]} images of {name} could be scored.")
-            results[name] = dict(
-                images=len(rows), expected_images=reader.expected,
-                skipped=asked[name] - len(rows), processing_res=longest, **about,
-                **summarise(rows, spaces))
+            results[name] = dict(images=len(rows), expected_images=reader.expected,
+                                 skipped=asked[name] - len(rows), processing_res=longest, **about,
+                                 **summarise(rows, spaces))
             write_metrics(args.out, results)  # after each set: a later one may fail
+        engine.wait()  # the ranks' files are gone before the next set's rows are written
     if ranks.first:
         print_table(results)
         engine.say(f"Written: {args.out / 'metrics.json'} and {args.out / 'per_image.csv'}.")

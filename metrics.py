@@ -21,34 +21,11 @@ NEGATIVE = ("clamp", "square")
 F1_MASKS = ("pair", "owner", "none")
 SCORES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "irmse", "silog",
           "delta1", "delta2", "delta3", "boundary_f1")
+BLOCK = 1 << 16  # pixels
 MIN_DISPARITY = 1e-3  # 1/m: an aligned prediction is never farther than 1 km
 
 
-def to_depth(aligned, space, negative="clamp"):
-    """`space` -> depth in metres, by way of a disparity of at least 0.001/m.
-
-    negative: what becomes of a square-root disparity below 0: `clamp` makes it 0 (far), `square`
-    squares it, which turns it near again (what the released code does).
-    """
-    if space == "depth":
-        return aligned
-    if space == "sqrt_disparity":
-        # Deviation: clamped by default, not squared.
-        aligned = (aligned.clamp(min=0) if negative == "clamp" else aligned).square()
-    return aligned.clamp(min=MIN_DISPARITY).reciprocal()
-
-
-def fit_scale_shift(pred, target):
-    """Least squares of scale * pred + shift to target, both N; None if they do not fix both.
-
-    That is the case with fewer than two values and with a constant prediction.
-    """
-    if len(pred) < 2 or pred.min() == pred.max():
-        return None
-    pred_mean, target_mean = pred.mean(), target.mean()
-    centred = pred - pred_mean  # before any product, or a small spread would drown in the mean
-    scale = (centred * (target - target_mean)).sum() / centred.square().sum()
-    return scale, target_mean - scale * pred_mean
+# ------------------------------------------------------------------------------- alignment
 
 
 def align(pred, depth_m, valid, space, negative="clamp"):
@@ -60,6 +37,8 @@ def align(pred, depth_m, valid, space, negative="clamp"):
     two such pixels, or all of the same value), the result is the flat map at the mean of the truth
     in `space` over the valid pixels. In the depth space the result may be 0 or negative; `score`
     clips it to the data set's range.
+    negative: what becomes of a square-root disparity below 0: `clamp` makes it 0 (far), `square`
+    squares it, which turns it near again (what the released code does).
     """
     return align_if_possible(pred, depth_m, valid, space, negative)[0]
 
@@ -68,75 +47,106 @@ def align_if_possible(pred, depth_m, valid, space, negative="clamp"):
     """As `align`, and whether the prediction could fix scale and shift."""
     _check_choice("space", space, SPACES)
     _check_choice("negative", negative, NEGATIVE)
-    if not valid.any():
+    if not torch.count_nonzero(valid):
         raise ValueError("the truth has no valid pixel to align to.")
-    pred = torch.as_tensor(pred, device=depth_m.device).double()
-    p, d = _pixels(pred, depth_m, valid if space == "depth" else valid & (pred > 0))
-    fit = fit_scale_shift(p, to_target_space(d, space))
+    pred = torch.as_tensor(pred, device=depth_m.device)
+    fit = fit_scale_shift(pred, depth_m, valid, space)
     if fit is None:
-        flat = to_target_space(depth_m[valid].double(), space).mean().item()
-        aligned = torch.full_like(pred, flat)
+        scale, shift = 0.0, to_target_space(depth_m[valid].double(), space).mean().item()
     else:
         scale, shift = fit
-        aligned = scale * pred + shift
-    return to_depth(aligned, space, negative), fit is not None
+    aligned = pred.to(torch.float64, copy=True).mul_(scale).add_(shift)
+    if space == "sqrt_disparity":
+        # Deviation: clamped by default, not squared.
+        aligned = (aligned.clamp_(min=0) if negative == "clamp" else aligned).square_()
+    if space != "depth":
+        aligned = aligned.clamp_(min=MIN_DISPARITY).reciprocal_()
+    return aligned, fit is not None
 
 
-def _pixels(first, second, mask):
-    """The pixels of two maps inside the mask, as float64, N and N; mask None: all of them."""
-    if mask is not None:
-        inside = mask.flatten().nonzero()[:, 0]  # found once; x[mask] would search for each map
-        first, second = first.take(inside), second.take(inside)
-    return first.double(), second.double()
+def fit_scale_shift(pred, depth_m, valid, space):
+    """Least squares of scale * pred + shift to the truth in `space`; None if not both are fixed.
+
+    That is so with fewer than two pixels to fit and with a constant prediction.
+    """
+    parts = []
+    origin = None  # a pixel's values go before any product: a small spread would drown in the mean
+    for p, d, used in _blocks(pred, depth_m, valid):
+        used = used if space == "depth" else used & (p > 0)
+        p, t = p.double(), to_target_space(d.double(), space)
+        if origin is None:
+            first = used.nonzero()[:1, 0]
+            if not len(first):
+                continue
+            origin = p[first], t[first]
+        p, t = torch.where(used, p - origin[0], 0.0), torch.where(used, t - origin[1], 0.0)
+        parts.append(torch.stack([torch.count_nonzero(used).double(), p.sum(), t.sum(),
+                                  torch.dot(p, p), torch.dot(p, t)]))
+    if not parts:
+        return None
+    count, sum_p, sum_t, sum_pp, sum_pt = torch.stack(parts).sum(dim=0).tolist()
+    if sum_pp == 0:  # all have the value of the first
+        return None
+    scale = (sum_pt - sum_p * sum_t / count) / (sum_pp - sum_p * sum_p / count)
+    origin_p, origin_t = (value.item() for value in origin)
+    return scale, origin_t + sum_t / count - scale * (origin_p + sum_p / count)
+
+
+def _blocks(*maps):
+    """Flat maps in pieces that fit a core's cache (twice as fast as whole pictures), or whole."""
+    size = BLOCK if maps[0].device.type == "cpu" else maps[0].numel()
+    return zip(*(x.flatten().split(size) for x in maps))
+
+
+# ------------------------------------------------------------------------------- scores
+
+
+def pixel_scores(pred_m, depth_m, valid=None):
+    """Scores over the valid pixels (None: all), prediction and truth in metres -> {name: float}.
+
+    abs_rel: mean of |p-d|/d. sq_rel: of (p-d)^2/d, metres. rmse: root of the mean of (p-d)^2,
+    metres. rmse_log: of (ln p - ln d)^2. log10: mean of |log10 p - log10 d|. irmse: root of the
+    mean of (1/p - 1/d)^2, 1/m. silog: 100 times the standard deviation of ln p - ln d (Eigen et al.
+    2014, KITTI's). delta1, 2, 3: share of pixels with max(p/d, d/p) < 1.25, 1.25^2, 1.25^3.
+    """
+    valid = torch.ones_like(depth_m, dtype=torch.bool) if valid is None else valid
+    sums = sum(_sums(*block) for block in _blocks(pred_m, depth_m, valid)).tolist()
+    count, invalid = sums[-1], valid.numel() - sums[-1]
+    (relative, relative_square, square, inverse_square, log, log_absolute, log_square
+     ) = (value / count for value in sums[:7])
+    close = {f"delta{k}": (value - invalid) / count for k, value in enumerate(sums[7:10], 1)}
+    return {
+        "abs_rel": relative, "sq_rel": relative_square, "rmse": math.sqrt(square),
+        "rmse_log": math.sqrt(log_square), "log10": log_absolute / math.log(10),
+        "irmse": math.sqrt(inverse_square),
+        "silog": 100 * math.sqrt(max(log_square - log * log, 0.0)), **close,
+    }
+
+
+def _sums(p, d, valid):
+    """Of a block: what the means and roots of `pixel_scores` are made of, float64, 11."""
+    # Where nothing is known both are 1 m, so that every error there is 0.
+    p, d = (torch.where(valid, x.double(), 1.0) for x in (p, d))
+    error = p - d
+    relative = error / d
+    inverse = relative / p  # 1/d - 1/p
+    ratio = p / d
+    worst = torch.maximum(ratio, d / p)
+    close = [torch.count_nonzero(worst < 1.25**power).double() for power in (1, 2, 3)]
+    log = ratio.log_()
+    sums = [torch.dot(relative, error), torch.dot(error, error), torch.dot(inverse, inverse),
+            log.sum(), log.abs().sum(), torch.dot(log, log)]
+    return torch.stack([relative.abs().sum(), *sums, *close, torch.count_nonzero(valid).double()])
 
 
 def abs_rel(pred_m, depth_m, valid=None):
     """Mean of |p-d|/d."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return ((p - d).abs() / d).mean().item()
-
-
-def sq_rel(pred_m, depth_m, valid=None):
-    """Mean of (p-d)^2/d, in metres."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return ((p - d).square() / d).mean().item()
-
-
-def rmse(pred_m, depth_m, valid=None):
-    """Root of the mean of (p-d)^2, in metres."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return (p - d).square().mean().sqrt().item()
-
-
-def rmse_log(pred_m, depth_m, valid=None):
-    """Root of the mean of (ln p - ln d)^2."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return (p / d).log().square().mean().sqrt().item()
-
-
-def log10(pred_m, depth_m, valid=None):
-    """Mean of |log10 p - log10 d|."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return (p / d).log10().abs().mean().item()
-
-
-def irmse(pred_m, depth_m, valid=None):
-    """Root of the mean of (1/p - 1/d)^2, in 1/m."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return (p.reciprocal() - d.reciprocal()).square().mean().sqrt().item()
-
-
-def silog(pred_m, depth_m, valid=None):
-    """100 times the standard deviation of ln p - ln d (Eigen et al. 2014, KITTI's SILog)."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    return 100 * (p / d).log().std(correction=0).item()
+    return pixel_scores(pred_m, depth_m, valid)["abs_rel"]
 
 
 def delta(pred_m, depth_m, valid=None, power=1):
-    """Share of pixels with max(p/d, d/p) < 1.25^power."""
-    p, d = _pixels(pred_m, depth_m, valid)
-    close = torch.maximum(p / d, d / p) < 1.25**power
-    return close.double().mean().item()
+    """Share of pixels with max(p/d, d/p) < 1.25^power; power: 1, 2 or 3."""
+    return pixel_scores(pred_m, depth_m, valid)[f"delta{power}"]
 
 
 def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
@@ -154,25 +164,30 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     _check_choice("mask", mask, F1_MASKS)
     t = torch.linspace(1.05, 1.25, 10, dtype=torch.float64, device=depth_m.device)
     width = depth_m.shape[-1]
-    pred_m, depth_m = pred_m.flatten(), depth_m.flatten()
+    maps = pred_m.flatten(), depth_m.flatten()
     valid = None if valid is None or mask == "none" else valid.flatten()
-    recall, precision = torch.zeros_like(t), torch.zeros_like(t)
-    for right in (True, False):  # the neighbour on the right, the one below
-        step = 1 if right else width
-        first = _maybe_edges(pred_m, depth_m, step)
+    # Few pixels lie at an edge: a rough look in float32 saves the exact one for the rest.
+    logs = [x.float().clamp(min=1e-6).log_() for x in maps]
+    here, there = [], []
+    for step, right in ((1, True), (width, False)):  # the neighbour on the right, the one below
+        change = torch.maximum(*((log[step:] - log[:-step]).abs_() for log in logs))
+        first = (change > math.log(1.05) - 1e-5).nonzero()[:, 0]
         if right:
             first = first[(first + 1) % width != 0]  # the next row's first pixel is no neighbour
-        for here, there in ((first, first + step), (first + step, first)):
-            if valid is not None:
-                # Deviation: by default both pixels must be valid, not the pair's own alone.
-                counts = valid[here] if mask == "owner" else valid[here] & valid[there]
-                here, there = here[counts], there[counts]
-            ratio_p, ratio_d = (_near(x[there]) / _near(x[here]) for x in (pred_m, depth_m))
-            steps_p = torch.bucketize(ratio_p, t)  # how many t the ratio is above
-            steps_d = torch.bucketize(ratio_d, t)
-            hits = _edges_per_step(torch.minimum(steps_p, steps_d))
-            recall += hits / _edges_per_step(steps_d).clamp(min=1) / 4
-            precision += hits / _edges_per_step(steps_p).clamp(min=1) / 4
+        here += [first, first + step]
+        there += [first + step, first]
+    direction = torch.repeat_interleave(torch.tensor([len(x) for x in here], device=t.device))
+    here, there = torch.cat(here), torch.cat(there)
+    if valid is not None:
+        # Deviation: by default both pixels must be valid, not the pair's own alone.
+        counts = valid[here] if mask == "owner" else valid[here] & valid[there]
+        here, there, direction = here[counts], there[counts], direction[counts]
+    # How many t the ratio of a pair is above.
+    steps_p, steps_d = (torch.bucketize(_near(x[there]) / _near(x[here]), t) for x in maps)
+    edges_p, edges_d, hits = (_edges_above(steps, direction) for steps in (
+        steps_p, steps_d, torch.minimum(steps_p, steps_d)))
+    recall = (hits / edges_d.clamp(min=1)).mean(dim=0)
+    precision = (hits / edges_p.clamp(min=1)).mean(dim=0)
     f1 = 2 * recall * precision / (recall + precision).clamp(min=1e-12)  # 0 where both are 0
     return ((f1 * t).sum() / t.sum()).item()
 
@@ -181,21 +196,10 @@ def _near(x_m):
     return x_m.double().clamp(min=1e-6).reciprocal()
 
 
-def _maybe_edges(pred_m, depth_m, step):
-    """Pixels of flat maps that may have an edge, in either map, to the pixel `step` further on.
-
-    Few have, so a rough look in float32 saves the exact one for the rest.
-    """
-    differences = []
-    for x in (pred_m, depth_m):
-        log = x.float().clamp(min=1e-6).log()
-        differences.append((log[step:] - log[:-step]).abs_())
-    return (torch.maximum(*differences) > math.log(1.05) - 1e-5).nonzero()[:, 0]
-
-
-def _edges_per_step(steps):
-    """How many of ten t each ratio is above, N -> how many ratios are above each t, 10."""
-    return torch.bincount(steps, minlength=11).flip(0).cumsum(0)[:-1].flip(0)
+def _edges_above(steps, direction):
+    """How many of ten t each pair is above, and its direction, N -> pairs above each t, 4,10."""
+    per_step = torch.bincount(11 * direction + steps, minlength=44).view(4, 11)
+    return per_step.flip(1).cumsum(1)[:, :-1].flip(1).double()
 
 
 def score(pred, depth_m, valid, space, min_depth, max_depth, negative="clamp", f1_mask="pair"):
@@ -204,39 +208,17 @@ def score(pred, depth_m, valid, space, min_depth, max_depth, negative="clamp", f
     min_depth, max_depth: the data set's range in metres, to which the aligned prediction is
     clipped. The truth is taken as it is. ValueError without a valid pixel.
     """
-    pred_m = align(pred, depth_m, valid, space, negative).clamp(min_depth, max_depth)
+    pred_m = align(pred, depth_m, valid, space, negative).clamp_(min_depth, max_depth)
     return score_aligned(pred_m, depth_m, valid, f1_mask)
 
 
 def score_aligned(pred_m, depth_m, valid, f1_mask="pair"):
-    """All scores of a prediction in metres -> {name: float} in the order of SCORES.
+    """All scores of a prediction in metres -> {name: float} in the order of SCORES."""
+    return {**pixel_scores(pred_m, depth_m, valid),
+            "boundary_f1": boundary_f1(pred_m, depth_m, valid, f1_mask)}
 
-    The same numbers as of the functions above, with what they share computed once.
-    """
-    count, invalid = (int(x.sum()) for x in (valid, ~valid))
-    # Where nothing is known both are 1 m, so that every error there is 0.
-    p, d = (torch.where(valid, x.double(), 1.0).flatten() for x in (pred_m, depth_m))
-    error = p - d
-    relative = error.abs().div_(d).sum()
-    square = error.square_()
-    ratio = p / d
-    worst = torch.maximum(ratio, d / p)
-    close = [(worst < 1.25**power).sum() - invalid for power in (1, 2, 3)]
-    log_ratio = ratio.log_()
-    logs, squared_logs = log_ratio.sum(), torch.dot(log_ratio, log_ratio)
-    inverse = p.reciprocal_().sub_(d.reciprocal())
-    sums = torch.stack([relative, square.sum(), torch.dot(square, d.reciprocal()), logs,
-                        squared_logs, log_ratio.abs_().sum(), torch.dot(inverse, inverse), *close])
-    (relative, squares, relative_squares, logs, squared_logs, absolute_logs, inverse_squares,
-     *close) = (sums.double() / count).tolist()
-    return {
-        "abs_rel": relative, "sq_rel": relative_squares, "rmse": math.sqrt(squares),
-        "rmse_log": math.sqrt(squared_logs), "log10": absolute_logs / math.log(10),
-        "irmse": math.sqrt(inverse_squares),
-        "silog": 100 * math.sqrt(max(squared_logs - logs**2, 0.0)),
-        "delta1": close[0], "delta2": close[1], "delta3": close[2],
-        "boundary_f1": boundary_f1(pred_m, depth_m, valid, f1_mask),
-    }
+
+# ------------------------------------------------------------------------------- data sets
 
 
 class ImageScores(NamedTuple):

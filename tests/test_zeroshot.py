@@ -1,18 +1,24 @@
 """data/zeroshot.py and data/archives.py: small worlds in each set's own layout, tar and folder."""
 
 import io
+import json
 import pickle
+import sys
 import tarfile
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
+import evaluate
 from data import zeroshot
 from data.archives import Tar
 from data.benchmarks import BENCHMARKS, open_benchmark
 from data.transforms import BadSample
+from test_metrics import numpy_score
 
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "diode" / "val"
 SIZES = {"nyu": (480, 640), "kitti": (375, 1242), "eth3d": (40, 60), "scannet": (48, 64),
          "diode": (48, 64)}
 
@@ -197,3 +203,47 @@ def test_bad_members_are_named(tmp_path, name, ending, content, reason):
 def test_an_empty_folder_says_what_belongs_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="diode_val.tar"):
         zeroshot.ZeroShot("diode", tmp_path)
+
+
+@pytest.mark.parametrize("negative, f1_mask", [("clamp", "pair"), ("square", "owner"),
+                                               ("clamp", "none")])
+@pytest.mark.parametrize("name", SIZES)
+def test_scores_against_numpy_in_all_three_spaces(name, negative, f1_mask, tmp_path, monkeypatch):
+    """evaluate.py on the archive and saved predictions, KITTI's of the whole image."""
+    members, depth_m, _ = world_of(name)
+    root, saved, out = tmp_path / "root", tmp_path / "saved", tmp_path / "out"
+    benchmark = BENCHMARKS[name]
+    write(root / benchmark.folder, members, zeroshot.LAYOUTS[name].tar)
+    image = open_benchmark(name, root / benchmark.folder).name(0)
+    rng = np.random.default_rng(1)
+    seen = np.where(np.isfinite(depth_m) & (depth_m > 0), depth_m, 5)
+    pred = 0.8 / np.sqrt(seen) - 0.2 + 0.05 * rng.normal(size=seen.shape)
+    (saved / benchmark.folder / image).parent.mkdir(parents=True)
+    np.save(saved / benchmark.folder / f"{image}.npy", pred.astype(np.float32))
+    words = ["evaluate.py", "--predictions", saved, "--data", root, "--datasets", name, "--workers",
+             0, "--align-negative", negative, "--f1-mask", f1_mask, "--out", out]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    evaluate.main()
+    found = json.loads((out / "metrics.json").read_text())[name]
+    pred = pred.astype(np.float32)
+    if name == "kitti":
+        depth_m, pred = depth_m[23:, 13:1229], pred[23:, 13:1229]
+    truth = open_benchmark(name, root / benchmark.folder)[0]["depth"][0].numpy()
+    valid = expected_mask(name, depth_m)
+    for space, scores in {"sqrt_disparity": found, **found["other_alignments"]}.items():
+        expected = numpy_score(pred, truth, valid, space, benchmark.min_depth, benchmark.max_depth,
+                               negative, f1_mask)
+        assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert (found["images"], found["expected_images"]) == (1, zeroshot.LAYOUTS[name].images)
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no real frames here")
+def test_a_real_frame_of_diode():
+    reader = zeroshot.ZeroShot("diode", SAMPLES)
+    sample = reader[0]
+    assert sample["name"].endswith("indoors/scene_00019/scan_00183/00019_00183_indoors_150_000")
+    assert sample["image"].shape == (3, 768, 1024)
+    depth_m = np.load(reader.root / f"{sample['name']}_depth.npy")[..., 0]
+    valid = sample["valid"][0].numpy()
+    assert np.count_nonzero((depth_m > 0) & ~valid) == 283
+    assert 0.5 < sample["depth"][0].numpy()[valid].min() < 350
