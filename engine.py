@@ -1,24 +1,26 @@
 """What both training stages share: devices and ranks, the optimizer's step, the learning rate,
-saving, resuming, logging.
+signals, progress.
 
 It knows nothing of images: batches are dicts, objectives return named losses.
 """
 
 import argparse
-import json
+import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-STATE, LOG, OPTIONS = "state.pt", "log.jsonl", "args.json"
+MAX_BAD_STEPS = 10  # in a row that are skipped, before a run stops
+SPIKE, SPIKE_AFTER = 4.0, 100  # times the usual loss; steps that make it usual
 
 
 def run(main):
@@ -119,16 +121,30 @@ def learning_rate(step, peak, warmup=100, decay_steps=25_000, final=0.01):
     return peak * final ** min((step - warmup) / max(decay_steps - warmup, 1), 1.0)
 
 
-def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks, dtype):
-    """One step over this rank's next `count` micro-batches -> {name: mean loss over all ranks}.
+class Outcome(NamedTuple):
+    """What became of a step."""
+
+    losses: dict | None  # mean over all ranks of each loss and their sum; the gradient's norm
+    names: list  # of this rank's samples
+    bad: list | None  # names of all ranks' samples, if the step was skipped
+
+
+def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks, dtype, clip=None,
+                   watch=None):
+    """One step over this rank's next `count` micro-batches -> Outcome.
 
     objective(batch) -> {name: per-sample losses B}; the total is their weighted sum. Every sample
     of the step has the same weight, 1/samples, however the step was cut into micro-batches and
-    ranks; gradients are exchanged once, on the last micro-batch.
+    ranks; gradients are exchanged once, on the last micro-batch. A step with a loss or gradient
+    that is not finite changes nothing. clip: the largest norm of the gradient, None: any.
+    watch: where one process alone is asked to leave, it does so in the middle: None.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(len(weights), device=ranks.device, dtype=torch.float64)
+    names = []
     for index in range(count):
+        if watch and watch.leave and ranks.world == 1:
+            return None
         batch = to_device(next(batches), ranks.device)
         exchange = ranks.world == 1 or index == count - 1
         with nullcontext() if exchange else objective.no_sync():
@@ -139,11 +155,29 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
             # number of ranks; the samples of a step are counted over all ranks.
             (total * ranks.world / samples).backward()
         sums += torch.stack([losses[name].detach().sum().double() for name in weights])
-    optimizer.step()
+        names += batch.get("name", [])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
     if ranks.world > 1:
         dist.all_reduce(sums)
-    means = dict(zip(weights, (sums / samples).tolist()))
-    return {"loss": sum(weights[name] * means[name] for name in weights), **means}
+    *means, norm = torch.cat([sums / samples, norm.double()[None]]).tolist()
+    if not all(map(math.isfinite, (*means, norm))):
+        return Outcome(None, names, gathered(names, ranks))
+    optimizer.step()
+    means = dict(zip(weights, means))
+    total = sum(weights[name] * means[name] for name in weights)
+    return Outcome({"loss": total, **means, "gradient_norm": norm}, names, None)
+
+
+def gathered(names, ranks):
+    """The names of all ranks."""
+    everyone = [None] * ranks.world
+    if ranks.world == 1:
+        return names
+    dist.all_gather_object(everyone, names)
+    return sum(everyone, [])
 
 
 def to_device(batch, device):
@@ -157,82 +191,42 @@ def set_learning_rate(optimizer, value):
         group["lr"] = value
 
 
-# ---------------------------------------------------------------------------- the run folder
+# ---------------------------------------------------------------------------- the loop's company
 
 
-def save_state(folder, step, trained, optimizer):
-    """Writes what resuming takes: the steps done, the trained module and the optimizer."""
-    state = {"step": step, "trained": trained.state_dict(), "optimizer": optimizer.state_dict()}
-    path = Path(folder) / STATE
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+class Watch:
+    """Listens for a scheduler's signals while a run trains.
 
-
-def resume(folder, state, trained, optimizer, steps):
-    """Puts back what `open_run` returned; the number of steps that are done, of `steps`."""
-    if state is None:
-        return 0
-    trained.load_state_dict(state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    done = state["step"]
-    say(f"{folder} is finished: it has all its {done} steps." if done == steps
-        else f"Resuming {folder} at step {done} of {steps}.")
-    return done
-
-
-def open_run(folder, options, ranks):
-    """Prepares a run folder; returns the state to resume from, or None for a new run.
-
-    options: those that change the result. A folder of a run with other options is refused.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    options = json.loads(json.dumps(options))
-    described, state = folder / OPTIONS, folder / STATE
-    if not state.exists():
-        if ranks.first:
-            described.write_text(json.dumps(options, indent=1) + "\n")
-            (folder / LOG).unlink(missing_ok=True)
-        return None
-    before = json.loads(described.read_text())
-    names = sorted(before.keys() | options.keys())
-    changed = [f"{name}: {before.get(name)} then, {options.get(name)} now"
-               for name in names if before.get(name) != options.get(name)]
-    if changed:
-        raise ValueError(f"{folder} holds a run with other options ({'; '.join(changed)}): repeat "
-                         "its options to resume it, or choose another --out.")
-    return torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-
-
-def decisive(options):
-    """Of a script's options (a dict), those that change the result, as plain types."""
-    rest = {"out", "cache", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
-            "log_every", "save_every", "validate_every", "validate_images"}
-    return {name: str(value) if isinstance(value, Path) else value
-            for name, value in sorted(options.items()) if name not in rest}
-
-
-class Log:
-    """log.jsonl: one object per logged step; written by the first rank only.
-
-    When a run resumes at a step, what an interrupted run logged beyond it is dropped.
+    SIGTERM and SIGINT (preemption, Ctrl-C) ask to save and leave, SIGUSR1 to save and go on. A
+    second SIGTERM or SIGINT ends the program at once.
     """
 
-    def __init__(self, folder, step, ranks):
-        self.path = Path(folder) / LOG if ranks.first else None
-        if self.path and self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-            self.path.write_text("".join(kept))
+    def __init__(self, ranks):
+        self.ranks, self.leave, self.save, self.before = ranks, False, False, {}
 
-    def write(self, row):
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if number == signal.SIGUSR1:
+            self.save = True
+        else:
+            self.leave = True
+            signal.signal(number, signal.SIG_DFL)
+
+    def agree(self):
+        """(leave, save), the same on all ranks: what any of them was asked since the last call."""
+        wishes = torch.tensor([self.leave, self.save], dtype=torch.int32, device=self.ranks.device)
+        self.save = False
+        if self.ranks.world > 1:
+            dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        return [bool(wish) for wish in wishes.tolist()]
 
 
 class Progress:
@@ -246,14 +240,23 @@ class Progress:
         self.steps, self.samples, self.log_every, self.log = steps, samples, log_every, log
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=not ranks.first)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
+        self.first, self.bad, self.usual = first, 0, None
 
-    def report(self, done, losses, rate):
-        """After step number `done`: losses {name: float}, rate the learning rate it had."""
+    def report(self, done, outcome, rate):
+        """After step number `done`: its Outcome, and the learning rate it had.
+
+        ValueError after ten steps in a row that had to be skipped.
+        """
         self.bar.update()
-        self.count += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        if done % self.log_every and done != self.steps:
+        if outcome.bad:
+            self.note_bad(done, outcome.bad)
+        else:
+            self.bad = 0
+            self.note_spike(done, outcome)
+            self.count += 1
+            for name, value in outcome.losses.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        if not self.count or done % self.log_every and done != self.steps:
             return
         now = time.perf_counter()
         speed = self.count * self.samples / (now - self.since)
@@ -261,6 +264,24 @@ class Progress:
         self.log.write({"step": done, **means, "lr": rate, "samples_per_second": round(speed, 3)})
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {rate:.1e}, {speed:.2f} samples/s")
         self.sums, self.count, self.since = {}, 0, now
+
+    def note_bad(self, done, names):
+        self.bad += 1
+        self.log.write({"step": done, "skipped": names})
+        say(f"Step {done} was skipped: its loss or gradient is not finite ({', '.join(names)}).")
+        if self.bad == MAX_BAD_STEPS:
+            raise ValueError(f"{self.bad} steps in a row had a loss or gradient that is not "
+                             "finite: try a lower --lr, --clip-gradient 1 or --precision float32, "
+                             f"and look at the samples of the last one ({', '.join(names)}).")
+
+    def note_spike(self, done, outcome):
+        """A row for a step whose loss is several times that of the steps before it."""
+        loss = outcome.losses["loss"]
+        if self.usual is not None and done > self.first + SPIKE_AFTER and (
+                loss > SPIKE * self.usual):
+            self.log.write({"step": done, "spike": loss, "usual": self.usual,
+                            "samples": outcome.names})
+        self.usual = loss if self.usual is None else 0.98 * self.usual + 0.02 * loss
 
     def __enter__(self):
         return self
@@ -282,6 +303,8 @@ def add_training_options(parser, steps, lr):
     add("--warmup", type=int, default=100, help="steps of linear warm-up (%(default)s)")
     add("--decay-steps", type=positive, default=25_000,
         help="step at which the rate has fallen to 1 %% (%(default)s)")
+    add("--clip-gradient", type=float, metavar="NORM", help="largest norm of a step's gradient")
+    add("--extend", action="store_true", help="resume a run that had fewer --steps")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the networks; auto: bfloat16 on CUDA, else float32")

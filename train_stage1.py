@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import engine
+import run_folder
 from data.cache import CachedTrainingSet, fill, fingerprint
 from data.sampler import StepBatchSampler
 from data.training import (
@@ -152,8 +153,8 @@ def main():
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers)
-    state = engine.open_run(args.out, engine.decisive(vars(args)), ranks)
-    first = engine.resume(args.out, state, trained, optimizer, args.steps)
+    state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
+    first = run_folder.resume(args.out, state, trained, optimizer, args.steps)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
                         depth_scale=args.depth_scale, autocast=str(dtype))
@@ -163,26 +164,33 @@ def main():
     if args.compile:
         objective.unet.compile()
 
-    log = engine.Log(args.out, first, ranks)
+    log = run_folder.Log(args.out, first, ranks)
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
                                training_set.sizes, first, args.steps, ranks.rank, ranks.world)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            engine.say(f"Replaced a bad sample: {reason}"))
     runner = engine.parallel(objective, ranks)
-    with engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress:
+    with (engine.Watch(ranks) as watch,
+          engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
         for step in range(first, args.steps):
             rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
             engine.set_learning_rate(optimizer, rate)
-            losses = engine.optimizer_step(runner, batches, sampler.micro_batch_count(step),
-                                           args.batch, weights, optimizer, ranks, dtype)
-            done = step + 1
+            outcome = engine.optimizer_step(
+                runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
+                ranks, dtype, args.clip_gradient, watch)
+            done = step + 1 if outcome else step  # None: asked to leave in the middle
             last = done == args.steps
-            progress.report(done, losses, rate)
-            if ranks.first and held_out and (last or done % args.validate_every == 0):
+            if outcome:
+                progress.report(done, outcome, rate)
+            leave, save = watch.agree()
+            if ranks.first and held_out and not leave and (
+                    last or done % args.validate_every == 0):
                 check(model, held_out, args.validate_images, dtype, args.out, done, log)
-            if ranks.first and (last or done % args.save_every == 0):
-                engine.save_state(args.out, done, trained, optimizer)
-                model.save(args.out / "model.safetensors")
+            if ranks.first and (last or leave or save or done % args.save_every == 0):
+                run_folder.save(args.out, done, trained, optimizer, model)
+            if leave:
+                engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
+                break
     engine.stop()
 
 

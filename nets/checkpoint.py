@@ -37,7 +37,12 @@ def save(path, tensors, header):
 def write_tensors(path, tensors, metadata):
     """A .safetensors file with the permissions of any new file (the library's: its owner's)."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}") from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import engine
+import run_folder
 from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
@@ -51,7 +52,7 @@ def run(monkeypatch, script, out, *options):
     words = [f"{script.__name__}.py", "--out", out, *SHORT, *options]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     script.main()
-    return [json.loads(line) for line in (out / engine.LOG).read_text().splitlines()]
+    return [json.loads(line) for line in (out / run_folder.LOG).read_text().splitlines()]
 
 
 def losses_of(rows):

@@ -1,7 +1,8 @@
-"""engine.py: the learning rate, the step over micro-batches, the run folder."""
+"""engine.py: the learning rate, the step over micro-batches, signals, progress."""
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import engine
+import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = engine.Ranks(0, 1, torch.device("cpu"))
@@ -58,9 +60,9 @@ def one_step(sizes):
     objective = Objective()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-    losses = engine.optimizer_step(objective, cut(x, sizes), len(sizes), 8,
-                                   {"square": 1.0, "size": 0.5}, optimizer, ALONE, torch.float32)
-    return losses, objective.linear.weight.detach().clone()
+    outcome = engine.optimizer_step(objective, cut(x, sizes), len(sizes), 8,
+                                    {"square": 1.0, "size": 0.5}, optimizer, ALONE, torch.float32)
+    return outcome.losses, objective.linear.weight.detach().clone()
 
 
 def test_step_does_not_depend_on_the_cut():
@@ -96,7 +98,7 @@ optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
 x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))[ranks.rank::2]
 batches = iter([dict(x=part) for part in (x.split([3, 1]) if ranks.first else x.split([2, 2]))])
 losses = engine.optimizer_step(runner, batches, 2, 8, dict(square=1.0, size=0.5), optimizer, ranks,
-                               torch.float32)
+                               torch.float32).losses
 torch.save((losses, objective.linear.weight.detach()), {out!r} + str(ranks.rank))
 engine.stop()
 """
@@ -115,41 +117,92 @@ def test_two_ranks_equal_one(tmp_path):
         torch.testing.assert_close(other_weight, weight)
 
 
-# ---------------------------------------------------------------------------- the run folder
+# ---------------------------------------------------------------------------- numbers gone wrong
 
 
-def test_state_comes_back_and_other_options_are_refused(tmp_path):
-    options = {"lr": 0.1, "size": [2, 3]}
-    assert engine.open_run(tmp_path, options, ALONE) is None
-    trained, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    engine.save_state(tmp_path, 7, trained, torch.optim.Adam(trained.parameters()))
-    state = engine.open_run(tmp_path, {"lr": 0.1, "size": (2, 3)}, ALONE)
-    optimizer = torch.optim.Adam(other.parameters())
-    assert engine.resume(tmp_path, state, other, optimizer, steps=9) == 7
-    assert torch.equal(other.weight, trained.weight)
-    with pytest.raises(ValueError, match="lr: 0.1 then, 0.2 now"):
-        engine.open_run(tmp_path, {"lr": 0.2, "size": [2, 3]}, ALONE)
+def step_on(x, clip=None):
+    """(outcome, weight before and after) of a step on these samples, two at a time."""
+    objective = Objective()
+    before = objective.linear.weight.detach().clone()
+    optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
+    batches = iter([{"x": part, "name": [f"{index}a", f"{index}b"]}
+                    for index, part in enumerate(x.split(2))])
+    outcome = engine.optimizer_step(objective, batches, len(x) // 2, len(x), {"square": 1.0},
+                                    optimizer, ALONE, torch.float32, clip)
+    return outcome, before, objective.linear.weight.detach()
 
 
-def test_decisive_options_leave_out_what_does_not_change_the_result():
-    options = {"lr": 1.0, "data": Path("/x"), "workers": 3, "micro_batch": 2, "out": Path("y")}
-    assert engine.decisive(options) == {"data": "/x", "lr": 1.0}
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_step_that_is_not_finite_changes_nothing(value):
+    x = torch.ones(4, 3)
+    x[2, 1] = value
+    outcome, before, after = step_on(x)
+    assert outcome.losses is None and outcome.bad == ["0a", "0b", "1a", "1b"]
+    assert torch.equal(before, after)
 
 
-def test_log_drops_what_lies_beyond_the_resumed_step(tmp_path):
-    log = engine.Log(tmp_path, 0, ALONE)
-    for step in (10, 20, 30):
-        log.write({"step": step})
-    engine.Log(tmp_path, 20, ALONE).write({"step": 25})
+def test_the_gradient_is_clipped():
+    x = 10 * torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    outcome, before, after = step_on(x, clip=0.5)
+    assert outcome.losses["gradient_norm"] > 10  # before it was clipped
+    free = step_on(x)[2] - before
+    direction = torch.nn.functional.cosine_similarity(after - before, free)
+    assert direction.item() == pytest.approx(1) and (after - before).norm() < 0.5 + 1e-6
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, capsys):
+    log = run_folder.Log(tmp_path, 0, ALONE)
+    bad, good = engine.Outcome(None, ["a"], ["a", "b"]), engine.Outcome({"loss": 1.0}, ["a"], None)
+    with engine.Progress(0, 99, 2, 5, log, ALONE) as progress:
+        for step in range(1, 10):
+            progress.report(step, bad, 0.1)
+        progress.report(10, good, 0.1)
+        for step in range(11, 20):
+            progress.report(step, bad, 0.1)
+        with pytest.raises(ValueError, match="10 steps in a row .* lower --lr.*a, b"):
+            progress.report(20, bad, 0.1)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 25]
+    assert sum(row.get("skipped") == ["a", "b"] for row in rows) == 19
+    assert "Step 3 was skipped" in capsys.readouterr().err
+
+
+def test_a_spike_of_the_loss_is_logged_with_its_samples(tmp_path):
+    log = run_folder.Log(tmp_path, 0, ALONE)
+    with engine.Progress(0, 200, 2, 1000, log, ALONE) as progress:
+        for step in range(1, 151):
+            loss = 9.0 if step in (50, 150) else 1.0  # the first is too early to be a spike
+            progress.report(step, engine.Outcome({"loss": loss}, [f"s{step}"], None), 0.1)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["spike"], row["samples"]) for row in rows] == [(150, 9.0, ["s150"])]
+
+
+# ---------------------------------------------------------------------------- signals, progress
+
+
+def test_signals_are_noted_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with engine.Watch(ALONE) as watch:
+        assert watch.agree() == [False, False]
+        signal.raise_signal(signal.SIGUSR1)
+        assert watch.agree() == [False, True] and watch.agree() == [False, False]
+        signal.raise_signal(signal.SIGTERM)
+        assert watch.agree() == [True, False]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_one_process_leaves_in_the_middle_of_a_step():
+    with engine.Watch(ALONE) as watch:
+        signal.raise_signal(signal.SIGINT)
+        assert engine.optimizer_step(None, iter([]), 8, 8, {}, torch.optim.SGD(
+            [torch.zeros(1)], lr=1.0), ALONE, torch.float32, watch=watch) is None
 
 
 def test_progress_logs_means_since_the_last_row(tmp_path):
-    log = engine.Log(tmp_path, 0, ALONE)
+    log = run_folder.Log(tmp_path, 0, ALONE)
     with engine.Progress(0, 3, 8, 2, log, ALONE) as progress:
         for step, loss in enumerate((1.0, 3.0, 5.0), start=1):
-            progress.report(step, {"loss": loss}, 0.1)
+            progress.report(step, engine.Outcome({"loss": loss}, [], None), 0.1)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"], row["lr"]) for row in rows] == [(2, 2.0, 0.1), (3, 5.0, 0.1)]
     assert all(row["samples_per_second"] > 0 for row in rows)

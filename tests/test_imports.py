@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_stage1", "train_stage2", "convert_sd2", "evaluate", "predict"}
-PACKAGES = {"nets", "losses", "data", "miniature", "extras", "engine", "metrics", "validation"}
+PACKAGES = {"nets", "losses", "data", "miniature", "extras", "engine", "metrics", "validation",
+            "run_folder"}
 # What each part may import of the project and of the heavier libraries.
 ALLOWED = {
     "nets": {"nets"},
@@ -16,6 +17,7 @@ ALLOWED = {
     "data": {"data"},
     "metrics": {"data"},
     "engine": set(),
+    "run_folder": {"engine"},
     "validation": {"data", "metrics", "engine"},
     "miniature": PACKAGES - {"extras"},
     "extras": {"extras", "data"},

@@ -1,7 +1,11 @@
 """train_stage1.py from end to end, on networks of a few thousand parameters and some pairs."""
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from losses.alignment import feature_alignment_loss, resize_tokens, teacher_imag
 from losses.latent import latent_loss
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from tests.small_runs import files, interrupt, losses_of, run
+from tests.small_runs import SHORT, files, interrupt, losses_of, run
 
 
 def train(monkeypatch, files, out, *options):
@@ -26,7 +30,8 @@ def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     for row in steps:
-        assert set(row) == {"step", "loss", "latent", "alignment", "lr", "samples_per_second"}
+        assert set(row) == {"step", "loss", "latent", "alignment", "lr", "samples_per_second",
+                            "gradient_norm"}
         assert row["loss"] == pytest.approx(row["latent"] + row["alignment"], rel=1e-6)
     assert [row["lr"] for row in steps[:3]] == [0, 0.5e-3, 1e-3]
     validated = [row for row in rows if "validation" in row]
@@ -60,6 +65,75 @@ def test_a_resumed_run_is_the_same_to_the_bit(files, tmp_path, monkeypatch, inte
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
     whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
+
+
+def start(files, out, *options):
+    """The script in a process of its own, on one thread."""
+    words = [sys.executable, train_stage1.__file__, "--sd2", files / "sd2.safetensors", "--dinov2",
+             files / "dinov2.safetensors", "--data", files / "pairs", "--out", out, *SHORT,
+             "--validate-every", 999, *options]
+    return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_step(out, step):
+    log = out / "log.jsonl"
+    while not log.exists() or f'"step": {step},' not in log.read_text():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_leave_saves_and_resumes_to_the_bit(files, tmp_path, number):
+    options = ["--steps", 30, "--save-every", 1000]
+    assert start(files, tmp_path / "whole", *options).wait() == 0
+    process = start(files, tmp_path / "cut", *options)
+    wait_for_step(tmp_path / "cut", 5)
+    process.send_signal(number)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 0 and "Asked to leave: saved after" in said
+    process = start(files, tmp_path / "cut", *options)
+    assert "Resuming" in process.communicate()[1]
+    whole, cut = (tmp_path / name / "model.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_a_run_saves_when_asked_and_goes_on(files, tmp_path):
+    process = start(files, tmp_path / "run", "--steps", 500, "--save-every", 1000)
+    wait_for_step(tmp_path / "run", 5)
+    process.send_signal(signal.SIGUSR1)
+    while not (tmp_path / "run" / "state.pt").exists():
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_a_bad_step_is_skipped(files, tmp_path, monkeypatch, capsys):
+    """A sample whose image makes the loss NaN: the step changes nothing, the run goes on."""
+    original = train_stage1.Stage1.forward
+    calls = iter(range(100))
+
+    def poisoned(self, batch):
+        losses = original(self, batch)
+        return losses | {"latent": losses["latent"] * float("nan")} if next(calls) == 3 else losses
+
+    monkeypatch.setattr(train_stage1.Stage1, "forward", poisoned)
+    rows = train(monkeypatch, files, tmp_path)
+    assert [row["step"] for row in rows if "skipped" in row] == [2]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 4]
+    assert "Step 2 was skipped" in capsys.readouterr().err
+    state = DepthMaster.from_file(tmp_path / "model.safetensors").state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_finished_run_is_extended(files, tmp_path, monkeypatch):
+    train(monkeypatch, files, tmp_path / "long", "--steps", 6, "--decay-steps", 9)
+    train(monkeypatch, files, tmp_path / "short", "--steps", 4, "--decay-steps", 9)
+    with pytest.raises(ValueError, match="--extend"):
+        train(monkeypatch, files, tmp_path / "short", "--steps", 6, "--decay-steps", 9)
+    train(monkeypatch, files, tmp_path / "short", "--steps", 6, "--decay-steps", 9, "--extend")
+    long, short = (tmp_path / name / "model.safetensors" for name in ("long", "short"))
+    assert long.read_bytes() == short.read_bytes()
 
 
 def test_the_micro_batch_does_not_change_the_result(files, tmp_path, monkeypatch):
@@ -145,7 +219,7 @@ def test_only_unet_and_adapter_get_gradients(files):
 ])
 def test_the_ablations_run(files, tmp_path, monkeypatch, options, kind, words):
     rows = train(monkeypatch, files, tmp_path, "--steps", 2, *options)
-    named = {"loss", "step", "lr", "samples_per_second"}
+    named = {"loss", "step", "lr", "samples_per_second", "gradient_norm"}
     assert set(rows[0]) - named == words
     assert DepthMaster.from_file(tmp_path / "model.safetensors").target == kind
 

@@ -33,7 +33,8 @@ def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     for row in steps:
-        assert set(row) == {"step", "loss", "pixel", "gradient", "lr", "samples_per_second"}
+        assert set(row) == {"step", "loss", "pixel", "gradient", "lr", "samples_per_second",
+                            "gradient_norm"}
         assert row["loss"] == pytest.approx(row["pixel"] + 0.001 * row["gradient"], rel=1e-6)
     assert [row["step"] for row in rows if "validation" in row] == [2, 4]
     assert (tmp_path / "pictures" / "000004.png").exists()

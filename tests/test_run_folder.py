@@ -1,0 +1,167 @@
+"""run_folder.py: what resuming finds, whatever happened to the files; the log."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import engine
+import run_folder
+
+ALONE = engine.Ranks(0, 1, torch.device("cpu"))
+OPTIONS = {"lr": 0.1, "steps": 9}
+
+
+class Model:
+    """What stands for a DepthMaster."""
+
+    def state_dict(self):
+        return {"w": torch.ones(3)}
+
+    def save(self, path):
+        Path(path).write_bytes(b"model")
+
+
+def saved(folder, steps):
+    """A run folder with a checkpoint after each of these steps; the weight tells which."""
+    run_folder.open_run(folder, OPTIONS, ALONE)
+    trained = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(trained.parameters())
+    for step in steps:
+        torch.nn.init.constant_(trained.weight, step)
+        trained(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        torch.nn.init.constant_(trained.weight, step)
+        run_folder.save(folder, step, trained, optimizer, Model())
+    return folder
+
+
+def found(folder, **options):
+    """(step, weight) that resuming gives."""
+    trained = torch.nn.Linear(2, 1)
+    state = run_folder.open_run(folder, OPTIONS | options, ALONE)
+    step = run_folder.resume(folder, state, trained, torch.optim.Adam(trained.parameters()), 9)
+    return step, trained.weight[0, 0].item()
+
+
+def test_state_comes_back_and_other_options_are_refused(tmp_path):
+    options = {"lr": 0.1, "size": [2, 3]}
+    assert run_folder.open_run(tmp_path, options, ALONE) is None
+    trained, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    run_folder.save(tmp_path, 7, trained, torch.optim.Adam(trained.parameters()), Model())
+    state = run_folder.open_run(tmp_path, {"lr": 0.1, "size": (2, 3)}, ALONE)
+    optimizer = torch.optim.Adam(other.parameters())
+    assert run_folder.resume(tmp_path, state, other, optimizer, steps=9) == 7
+    assert torch.equal(other.weight, trained.weight)
+    with pytest.raises(ValueError, match="lr: 0.1 then, 0.2 now"):
+        run_folder.open_run(tmp_path, {"lr": 0.2, "size": [2, 3]}, ALONE)
+
+
+def test_decisive_options_leave_out_what_does_not_change_the_result():
+    options = {"lr": 1.0, "data": Path("/x"), "workers": 3, "micro_batch": 2, "out": Path("y")}
+    assert run_folder.decisive(options) == {"data": "/x", "lr": 1.0}
+
+
+def test_log_drops_what_lies_beyond_the_resumed_step(tmp_path):
+    log = run_folder.Log(tmp_path, 0, ALONE)
+    for step in (10, 20, 30):
+        log.write({"step": step})
+    run_folder.Log(tmp_path, 20, ALONE).write({"step": 25})
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 25]
+
+
+def test_the_newest_of_two_checkpoints_is_taken(tmp_path):
+    assert found(saved(tmp_path, [2, 4, 6])) == (6, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "args.json", "model.safetensors", "state.previous.pt", "state.pt"]
+
+
+def cut(share):
+    def spoil(path):
+        path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    return spoil
+
+
+def flip(place):
+    def spoil(path):
+        content = bytearray(path.read_bytes())
+        content[int(place * len(content))] ^= 0x10
+        path.write_bytes(content)
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [cut(0), cut(0.3), cut(0.7), cut(0.99), flip(0.1), flip(0.5),
+                                   lambda path: path.write_bytes(b"nonsense"), os.unlink])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, spoil, capsys):
+    saved(tmp_path, [2, 4])
+    spoil(tmp_path / "state.pt")
+    step, weight = found(tmp_path)
+    assert (step, weight) in [(2, 2), (4, 4)]  # some bits are those of no tensor
+    if step == 2 and (tmp_path / "state.pt").exists():
+        assert "state.pt is damaged" in capsys.readouterr().err
+
+
+def test_without_a_whole_checkpoint_nothing_is_lost(tmp_path):
+    saved(tmp_path, [2, 4])
+    for name in ("state.pt", "state.previous.pt"):
+        cut(0.5)(tmp_path / name)
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        found(tmp_path)
+    assert (tmp_path / "state.pt").exists() and (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    saved(tmp_path, [2])
+    trained = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(trained.weight, float("nan"))
+    with pytest.raises(ValueError, match="weights are not finite, weight first"):
+        run_folder.save(tmp_path, 4, trained, torch.optim.Adam(trained.parameters()), Model())
+    assert found(tmp_path) == (2, 2)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    saved(tmp_path, [2])
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match=r"no room .* step 4: it takes \d+ bytes, 10 are free"):
+        saved(tmp_path, [4])
+    monkeypatch.undo()
+    assert found(tmp_path) == (2, 2)
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path, [2])
+
+    def full(state, file):
+        file.write(b"half a")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder.torch, "save", full)
+    with pytest.raises(OSError, match="last checkpoint is untouched.*No space left"):
+        saved(tmp_path, [4])
+    monkeypatch.undo()
+    assert found(tmp_path) == (2, 2)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_more_steps_only_with_extend(tmp_path):
+    saved(tmp_path, [2])
+    with pytest.raises(ValueError, match="steps: 9 then, 20 now.*--extend"):
+        run_folder.open_run(tmp_path, OPTIONS | {"steps": 20}, ALONE)
+    with pytest.raises(ValueError, match="lr: 0.1 then, 0.2 now"):
+        run_folder.open_run(tmp_path, OPTIONS | {"steps": 20, "lr": 0.2}, ALONE, extend=True)
+    assert run_folder.open_run(tmp_path, OPTIONS | {"steps": 20}, ALONE, extend=True)["step"] == 2
+    assert run_folder.open_run(tmp_path, OPTIONS | {"steps": 20}, ALONE)["step"] == 2
+    with pytest.raises(ValueError, match="steps: 20 then, 9 now"):
+        run_folder.open_run(tmp_path, OPTIONS, ALONE, extend=True)
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    run_folder.Log(tmp_path, 5, ALONE).write({"step": 3})
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1}, {"step": 3}]
