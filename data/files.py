@@ -1,6 +1,14 @@
-"""Decode one file into an array, or raise a BadSample that names the file and the reason."""
+"""Decode one file into an array, or raise a BadSample that names the file and the reason.
 
+A file may be anything: nothing in it is ever executed, and no more is decoded than fits a picture
+(Pillow's limit of 179 million pixels) or an array of 1 GiB.
+"""
+
+import csv
+import io
+import math
 import os
+import zipfile
 from contextlib import contextmanager
 
 import h5py
@@ -8,6 +16,8 @@ import imageio.v3 as iio
 import numpy as np
 
 from data.transforms import BadSample
+
+MAX_BYTES = 2**30  # of an array
 
 
 @contextmanager
@@ -59,9 +69,49 @@ def read_hdf5(path, key="dataset"):
     with blame(path), h5py.File(path, "r", locking=False) as file:
         if key is None:
             key = single_key(list(file), path)
-        if key not in file:
+        if not isinstance(file.get(key), h5py.Dataset):
             raise BadSample(f"{path} has no data set {key!r}.")
+        if file[key].external or file[key].is_virtual:
+            raise BadSample(f"{path} keeps its values in other files, which are not read.")
+        check_bytes(path, file[key].nbytes)
         return file[key][()]
+
+
+def read_npy(path, content=None):
+    """An .npy file -> its array; content: its bytes, if they were read before."""
+    with blame(path):
+        if content is None:  # mapped, a header that promises more than there is is found out
+            return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        version = np.lib.format.read_magic(file := io.BytesIO(content))
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, _, dtype = read_header(file)
+        check_bytes(path, dtype.itemsize * math.prod(shape))
+        return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def read_npz(path, key=None):
+    """One array of an .npz file; key None: the one called depth or dataset, or the only one."""
+    with blame(path):
+        with zipfile.ZipFile(path) as archive:
+            check_bytes(path, sum(entry.file_size for entry in archive.infolist()))
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[key or single_key(arrays.files, path)]
+
+
+def check_bytes(path, count):
+    if count > MAX_BYTES:
+        raise BadSample(f"{path} would take {count:,} bytes, and no more than {MAX_BYTES:,} are "
+                        "read from one file.")
+
+
+def read_table(path):
+    """The rows of a CSV file as dicts. Raises ValueError if it is none."""
+    with open(path, newline="") as file:
+        try:
+            return list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a table that can be read ({error}): get it again or "
+                             "write it anew.") from error
 
 
 def single_key(keys, path):

@@ -1,6 +1,5 @@
 """Hypersim (Roberts et al., ICCV 2021): the raw release, and the processed form of the field."""
 
-import csv
 import logging
 import os
 import re
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import read_hdf5, read_png16, read_rgb
+from data.files import read_hdf5, read_png16, read_rgb, read_table
 from data.hypersim_geometry import (
     MAX_DEPTH_M, MIN_DEPTH_M, on_object, planar_depth, read_cameras,
 )
@@ -18,6 +17,7 @@ log = logging.getLogger(__name__)
 
 SPLIT_CSV = "metadata_images_split_scene_v1.csv"
 SPLITS = ("train", "val", "test")
+SCENE, CAMERA = r"ai_\d{3}_\d{3}", r"cam_\d{2}"
 # Frames on the lists that the field trains and tests on (Ke et al., Marigold).
 PUBLISHED_COUNTS = {"train": 53_885, "val": 7_370, "test": 7_682}
 # Marigold's thresholds for training frames.
@@ -112,15 +112,19 @@ def public_frames(root, split):
         raise FileNotFoundError(
             f"{path} is missing; put Hypersim's split table there (it is in the repository "
             f"apple/ml-hypersim as evermotion_dataset/analysis/{SPLIT_CSV}).")
-    with open(path, newline="") as file:
-        try:
-            return [(row["scene_name"], row["camera_name"], int(row["frame_id"]))
-                    for row in csv.DictReader(file)
-                    if row["included_in_public_release"] == "True"
-                    and row["split_partition_name"] == split]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not Hypersim's split table (trouble with {error}); get it "
-                             "again from apple/ml-hypersim.") from error
+    try:
+        frames = [(row["scene_name"], row["camera_name"], int(row["frame_id"]))
+                  for row in read_table(path)
+                  if row["included_in_public_release"] == "True"
+                  and row["split_partition_name"] == split]
+        odd = [f"{scene}, {camera}" for scene, camera, _ in frames
+               if not (re.fullmatch(SCENE, scene) and re.fullmatch(CAMERA, camera))]
+        if odd:
+            raise ValueError(odd[0])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not Hypersim's split table (trouble with {error}); get it "
+                         "again from apple/ml-hypersim.") from error
+    return frames
 
 
 def keep_present(root, frames, split):

@@ -4,11 +4,12 @@ Source: Roberts et al., "Hypersim", ICCV 2021, and the camera table of apple/ml-
 (contrib/mikeroberts3000/metadata_camera_parameters.csv). Cameras look along -z, with y up.
 """
 
-import csv
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+from data.files import read_table
 
 CAMERA_CSV = "metadata_camera_parameters.csv"
 MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 65.0
@@ -21,13 +22,12 @@ def read_cameras(root):
     if not path.exists():
         return {}
     keys = [f"M_cam_from_uv_{row}{column}" for row in range(3) for column in range(3)]
-    with open(path, newline="") as file:
-        try:
-            return {row["scene_name"]: tuple(float(row[key]) for key in keys)
-                    for row in csv.DictReader(file)}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not Hypersim's camera table (trouble with {error}); get "
-                             "it again from apple/ml-hypersim, or remove it.") from error
+    try:
+        return {row["scene_name"]: tuple(float(row[key]) for key in keys)
+                for row in read_table(path)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not Hypersim's camera table (trouble with {error}); get it "
+                         "again from apple/ml-hypersim, or remove it.") from error
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import engine
-from data.files import blame, read_picture, read_rgb, write_npy, write_png
+from data.files import read_npy, read_npz, read_picture, read_rgb, write_npy, write_png
 from data.pairs import read_depth
 from data.transforms import BadSample, check_same_size
 
@@ -127,8 +127,7 @@ def diode(folder):
     """Depth is metres; the mask decides what is measured."""
     for mask_path in find(folder, "*_depth_mask.npy"):
         stem = mask_path.name.removesuffix("_depth_mask.npy")
-        with blame(mask_path):
-            mask = np.load(mask_path) > 0
+        mask = read_npy(mask_path) > 0
         depth_m = read_depth(mask_path.with_name(f"{stem}_depth.npy"))
         yield mask_path.with_name(f"{stem}.png"), np.where(mask, depth_m, 0)
 
@@ -139,8 +138,7 @@ def middlebury(folder):
         image, disparity = calib_path.with_name("im0.png"), calib_path.with_name("disp0.pfm")
         yield image, to_depth(read_picture(disparity), read_calibration(calib_path))
     for disparity in find(folder, "motorcycle_disp.npz"):
-        with blame(disparity), np.load(disparity) as file:
-            values = file["arr_0"]
+        values = read_npz(disparity, "arr_0")
         yield disparity.with_name("motorcycle_left.png"), to_depth(values, MOTORCYCLE)
 
 

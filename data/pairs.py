@@ -4,14 +4,15 @@
     DIR/pairs.csv                               columns image and depth, paths relative to DIR
 """
 
-import csv
 import logging
 import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.files import blame, read_hdf5, read_picture, read_png16, read_rgb, single_key
+from data.files import (
+    read_hdf5, read_npy, read_npz, read_picture, read_png16, read_rgb, read_table,
+)
 from data.transforms import BadSample, pack_sample
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ def without_suffix(path):
 def read_pairs_csv(root):
     """[(image, depth)] from pairs.csv, relative to the root."""
     path = root / PAIRS_CSV
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path)
     if not rows:
         raise FileNotFoundError(f"{path} lists no pair; give it the columns image and depth.")
     if not {"image", "depth"} <= rows[0].keys():
@@ -134,9 +134,4 @@ def read_values(path):
     if suffix not in (".npy", ".npz"):
         raise BadSample(f"{path} is none of the known kinds of depth map: "
                         f"{', '.join(DEPTH_SUFFIXES)}.")
-    with blame(path):
-        loaded = np.load(path)
-        if suffix == ".npy":
-            return loaded
-        with loaded:
-            return loaded[single_key(loaded.files, path)]
+    return read_npy(path) if suffix == ".npy" else read_npz(path)

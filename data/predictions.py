@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import blame, read_png16
+from data.files import read_npy, read_png16
 from data.transforms import BadSample, kitti_crop
 
 SUFFIXES = (".npy", ".png")
@@ -33,8 +33,7 @@ def read_prediction(folder, name, size, uncropped=None):
     if picture.exists() and not path.exists():
         path, pred = picture, read_png16(picture)
     else:
-        with blame(path):
-            pred = np.load(path, allow_pickle=False)
+        pred = read_npy(path)
     pred = pred.squeeze()
     if uncropped and pred.shape == tuple(uncropped):
         pred = pred[kitti_crop(pred.shape, size, path)]

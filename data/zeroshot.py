@@ -4,7 +4,6 @@ Each is one .tar, read in place, or a folder of the same layout. What belongs to
 its files' names and checked by count; no lists are shipped.
 """
 
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Callable
 import numpy as np
 
 from data.archives import open_tree
-from data.files import blame, read_png16, read_rgb
+from data.files import read_npy, read_png16, read_rgb
 from data.transforms import BadSample, check_same_size, kitti_crop, pack_sample
 
 KITTI_CROP = 352, 1216
@@ -148,14 +147,13 @@ def diode_depth(tree, name):
 
 def read_array(tree, name):
     """An .npy of numbers H,W or H,W,1 -> H,W."""
-    with blame(tree.place(name)):
-        values = np.load(io.BytesIO(tree.read(name)), allow_pickle=False)
-        if values.ndim == 3 and values.shape[2] == 1:
-            values = values[..., 0]
-        if values.ndim != 2 or values.dtype.kind not in "fiub":
-            raise BadSample(f"{tree.place(name)} holds {values.dtype} of shape {values.shape}, not "
-                            "a map of numbers.")
-        return values
+    values = read_npy(tree.place(name), tree.read(name))
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim != 2 or values.dtype.kind not in "fiub":
+        raise BadSample(f"{tree.place(name)} holds {values.dtype} of shape {values.shape}, not a "
+                        "map of numbers.")
+    return values
 
 
 LAYOUTS = {

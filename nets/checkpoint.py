@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 FORMAT = 1
+ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
 KEY = "depthmaster"
 MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
            "stage2": "train_stage2.py"}
@@ -63,7 +64,7 @@ def read_header(path, kinds=tuple(MADE_BY)):
     if KEY not in metadata:
         raise ValueError(f"{path} is not a model file of this project: convert it first "
                          f"(python convert_sd2.py {path}).")
-    header = json.loads(metadata[KEY])
+    header = parsed(metadata[KEY], path)
     if header["format"] > FORMAT:
         raise ValueError(f"{path} has format {header['format']}, this version reads up to "
                          f"{FORMAT}: update the code.")
@@ -74,14 +75,40 @@ def read_header(path, kinds=tuple(MADE_BY)):
     return header
 
 
+def parsed(text, path):
+    """The header as a dict with all its entries. ValueError if it is damaged."""
+    try:
+        header = json.loads(text)
+        whole = isinstance(header["config"], dict) and modest(header["config"]) and all(
+            isinstance(header[name], kind) for name, kind in ENTRIES.items())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} has a damaged header: convert or copy it again.")
+    return header
+
+
+def modest(value, depth=4):
+    """Whether plain values could be a network's sizes, which building it relies on."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return depth > 0 and len(value) <= 32 and all(modest(part, depth - 1) for part in value)
+    return value is None or isinstance(value, str) or 0 <= value <= 100_000
+
+
 def build(constructor, config, path, device="cpu", dtype=None):
     """Builds a module without initialising it and fills it from the file, strictly.
 
     The module is made on the meta device and the file is mapped, so that neither 866 M random
     numbers are drawn nor the weights held twice. dtype None: float32.
     """
-    with torch.device("meta"):
-        module = constructor(**config)
+    try:
+        with torch.device("meta"):
+            module = constructor(**config)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(f"{path} describes a model that can't be built ({error}): convert or copy "
+                         "it again.") from error
     expected = module.state_dict()
     with safe_open(path, framework="pt", device=str(device)) as file:
         names = set(file.keys())

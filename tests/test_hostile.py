@@ -1,0 +1,289 @@
+"""Files that want to harm: nothing runs, nothing is written elsewhere, memory stays bounded."""
+
+import io
+import json
+import pickle
+import random
+import resource
+import struct
+import zipfile
+import zlib
+
+import h5py
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data import files
+from data.hypersim import Hypersim
+from data.pairs import FolderOfPairs, read_depth
+from data.transforms import BadSample
+from nets import checkpoint
+from nets.depthmaster import DepthMaster
+from nets.official import open_source
+from tests.small_runs import UNET, VAE
+
+
+class Code:
+    """Pickles to a call, which must never happen."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code of a file ran",))
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """No test here may take 4 GiB more than the process has."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**32, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+# ---------------------------------------------------------------------------- pictures and arrays
+
+
+def png_of(width, height):
+    """A PNG of a few bytes that claims a size."""
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(
+        b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+
+
+def test_a_picture_that_claims_a_huge_size(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_of(200_000, 200_000))
+    with pytest.raises(BadSample, match="bomb.png can't be read"):
+        files.read_rgb(tmp_path / "bomb.png")
+
+
+def test_an_hdf5_that_unpacks_to_a_huge_size(tmp_path):
+    with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
+        file.create_dataset("dataset", (200_000, 200_000), "f4", chunks=(1000, 1000),
+                            compression="gzip", fillvalue=1)
+    with pytest.raises(BadSample, match="would take 160,000,000,000 bytes"):
+        files.read_hdf5(tmp_path / "bomb.hdf5")
+
+
+def test_an_hdf5_that_reads_other_files(tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(range(64)))
+    with h5py.File(tmp_path / "thief.hdf5", "w") as file:
+        file.create_dataset("dataset", (64,), "u1", external=[(str(tmp_path / "secret"), 0, 64)])
+    with pytest.raises(BadSample, match="in other files"):
+        files.read_hdf5(tmp_path / "thief.hdf5")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_arrays_with_code(tmp_path, suffix):
+    path = tmp_path / f"depth.{suffix}"
+    if suffix == "npy":
+        np.save(path, np.array([Code()], dtype=object), allow_pickle=True)
+    else:
+        np.savez(path, depth=np.array([Code()], dtype=object))
+    with pytest.raises(BadSample, match="can't be read"):
+        read_depth(path)
+
+
+def test_an_npy_that_promises_more_than_there_is(tmp_path):
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, dict(
+        descr="<f8", fortran_order=False, shape=(10**6, 10**6)))
+    (tmp_path / "depth.npy").write_bytes(content.getvalue() + bytes(100))
+    for read in (lambda: read_depth(tmp_path / "depth.npy"),
+                 lambda: files.read_npy("depth.npy", content.getvalue())):
+        with pytest.raises(BadSample, match="depth.npy"):
+            read()
+
+
+def test_an_npz_that_unpacks_to_a_huge_size(tmp_path):
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, dict(
+        descr="<f4", fortran_order=False, shape=(20_000, 20_000)))
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("depth.npy", "w") as entry:
+            entry.write(content.getvalue())
+            for _ in range(100):
+                entry.write(bytes(16_000_000))
+    with pytest.raises(BadSample, match="no more than"):
+        read_depth(tmp_path / "bomb.npz")
+
+
+# ---------------------------------------------------------------------------- tables, names
+
+
+@pytest.mark.parametrize("content", ["a," * 1_000_000 + "\n" + "1," * 1_000_000 + "\n",
+                                     "image,depth\n" + "x" * 1_000_000 + ",y\n", "\xff\xfe\x00"])
+def test_odd_tables(tmp_path, content):
+    (tmp_path / "pairs.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises((ValueError, OSError), match="pairs.csv"):
+        FolderOfPairs(tmp_path)
+
+
+def test_a_split_table_does_not_lead_out_of_the_folder(tmp_path):
+    (tmp_path / "metadata_images_split_scene_v1.csv").write_text(
+        "scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,"
+        "split_partition_name\n../../outside,cam_00,0,True,,train\n")
+    with pytest.raises(ValueError, match="not Hypersim's split table"):
+        Hypersim(tmp_path)
+
+
+def test_a_name_with_a_newline_is_one_line_in_messages(tmp_path, monkeypatch, capsys):
+    import engine
+    folder = tmp_path / "two\nlines"
+
+    def main():
+        FolderOfPairs(folder)
+
+    with pytest.raises(SystemExit):
+        engine.run(main)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pth", "model.ckpt"])
+def test_pickles_with_code_are_refused(tmp_path, name):
+    with open(tmp_path / name, "wb") as file:
+        pickle.dump({"weight": Code()}, file)
+    with pytest.raises(ValueError, match=name):
+        open_source(tmp_path / name)
+    torch.save({"state_dict": {"weight": Code()}}, tmp_path / name)
+    with pytest.raises(ValueError, match="wants to run code"):
+        open_source(tmp_path / name)
+
+
+def small_model(path):
+    torch.manual_seed(0)
+    DepthMaster(vae=VAE, unet=UNET, train_size=(32, 48), processing_res=48).save(path)
+    return path
+
+
+@pytest.mark.parametrize("change", [
+    dict(config={"unet": {"layers": 10**9}}), dict(config={"unet": {"channels": [8] * 10**6}}),
+    dict(config={"vae": {"channels": "abc"}}), dict(config={"unet": {"surprise": 1}}),
+    dict(config=[]), dict(format="x"), dict(sources=3),
+])
+def test_headers_that_lie(tmp_path, change):
+    path = small_model(tmp_path / "model.safetensors")
+    header = checkpoint.read_header(path) | change
+    save_file({"w": torch.zeros(2)}, path, metadata={checkpoint.KEY: json.dumps(header)})
+    with pytest.raises(ValueError, match="model.safetensors"):
+        DepthMaster.from_file(path)
+
+
+def test_a_header_that_is_nested_without_end(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(2)}, path, metadata={checkpoint.KEY: "[" * 100_000})
+    with pytest.raises(ValueError, match="damaged header"):
+        DepthMaster.from_file(path)
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**15], [8, 4], [-4, 4], [0, 3]])
+def test_safetensors_with_wrong_offsets(tmp_path, offsets):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    for read in (DepthMaster.from_file, open_source):
+        with pytest.raises(ValueError, match="not a readable"):
+            read(path)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 10**8 + 1])
+def test_safetensors_with_a_huge_header(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}")
+    with pytest.raises(ValueError, match="not a readable"):
+        DepthMaster.from_file(path)
+
+
+# ---------------------------------------------------------------------------- at random
+
+
+def mutations(content, count, seed):
+    """Truncated and bit-flipped copies, most of them near the beginning, where the headers are."""
+    rng = random.Random(seed)
+    for number in range(count):
+        place = int(len(content) * rng.random() ** 3)
+        if number % 2:
+            yield content[:place]
+        else:
+            spoiled = bytearray(content)
+            for _ in range(rng.choice((1, 1, 8))):
+                spoiled[int(len(content) * rng.random() ** 3)] ^= 1 << rng.randrange(8)
+            yield bytes(spoiled)
+
+
+def written(kind, path):
+    rng = np.random.default_rng(0)
+    if kind == "png":
+        iio.imwrite(path, rng.integers(0, 60_000, (20, 30), dtype=np.uint16))
+    elif kind == "jpg":
+        iio.imwrite(path, rng.integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    elif kind == "npy":
+        np.save(path, rng.random((20, 30)))
+    elif kind == "npz":
+        np.savez_compressed(path, depth=rng.random((20, 30)))
+    elif kind == "hdf5":
+        with h5py.File(path, "w") as file:
+            file.create_dataset("dataset", data=rng.random((20, 30)), compression="gzip")
+    return path
+
+
+READERS = {"png": files.read_png16, "jpg": files.read_rgb, "npy": read_depth, "npz": read_depth,
+           "hdf5": files.read_hdf5}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_spoiled_data_is_a_bad_sample_or_other_numbers(tmp_path, kind):
+    content = written(kind, tmp_path / f"whole.{kind}").read_bytes()
+    refused = 0
+    for spoiled in mutations(content, 200, seed=1):
+        path = tmp_path / f"spoiled.{kind}"
+        path.write_bytes(spoiled)
+        try:
+            READERS[kind](path)
+        except BadSample as error:
+            refused += 1
+            assert "spoiled" in str(error)
+    assert refused > 90  # at least what was cut off
+
+
+def test_spoiled_models_are_refused_or_open(tmp_path):
+    content = small_model(tmp_path / "model.safetensors").read_bytes()
+    refused = 0
+    for spoiled in mutations(content, 200, seed=2):
+        path = tmp_path / "spoiled.safetensors"
+        path.write_bytes(spoiled)
+        try:
+            DepthMaster.from_file(path)
+        except ValueError as error:
+            refused += 1
+            assert "spoiled.safetensors" in str(error)
+    assert refused > 90
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
+def test_spoiled_official_files_are_refused_or_open(tmp_path, name):
+    tensors = {f"blocks.{i}.weight": torch.randn(40, 40) for i in range(4)}
+    tensors["pos_embed"] = torch.randn(1, 5, 8)
+    whole = tmp_path / name
+    if whole.suffix == ".bin":
+        torch.save(tensors, whole)
+    else:
+        save_file(tensors, whole)
+    path = tmp_path / f"spoiled{whole.suffix}"
+    refused = 0
+    for spoiled in mutations(whole.read_bytes(), 200, seed=3):
+        path.write_bytes(spoiled)
+        try:
+            open_source(path)
+        except ValueError as error:
+            refused += 1
+            assert "spoiled" in str(error)
+    assert refused > 90
