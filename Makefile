@@ -5,7 +5,7 @@ PY = .venv/bin/python
 TWO_RANKS = OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node 2
 DEMO = runs/demo
 
-.PHONY: demo test reference miniature
+.PHONY: demo test reference soak miniature
 
 demo: .venv/ready   ## the main job in small: render, train both stages, evaluate, predict
 	$(PY) evaluate.py --ckpt weights/miniature_sd2.safetensors --datasets miniature --out $(DEMO)/scores_untrained
@@ -23,18 +23,22 @@ test: .venv/ready
 reference: .venv-reference/ready   ## compares the networks with diffusers and transformers
 	.venv-reference/bin/python -m pytest -q tests/reference
 
-# Makes the models in weights/ again: two and a half hours on 2 cores.
+soak: .venv/ready   ## kills, full disks and damaged checkpoints for half an hour; prints a table
+	$(PY) -m tests.faults.harness
+
+# Makes the models in weights/ again: about five hours on 2 cores.
 SCENES = runs/scenes
 miniature: .venv/ready
 	$(PY) -m miniature.render $(SCENES) --train 1800 --val 96 --streets-train 300
 	$(PY) -m miniature.pretrain vae --scenes $(SCENES)
 	$(PY) -m miniature.render $(SCENES) --train 5000 --val 96 --streets-train 600
 	$(PY) -m miniature.pretrain denoiser teacher --scenes $(SCENES)
-	$(PY) train_stage1.py --sd2 weights/miniature_sd2.safetensors \
+	$(PY) -m miniature.render $(SCENES) --train 18000 --val 96 --streets-train 900
+	$(TWO_RANKS) train_stage1.py --sd2 weights/miniature_sd2.safetensors \
 	  --dinov2 weights/miniature_dinov2.safetensors --data $(SCENES)/hypersim \
-	  --vkitti $(SCENES)/vkitti --vkitti-crop 96 336 --cache runs/cache --precision bfloat16 \
-	  --batch 8 --micro-batch 8 --lr 1e-3 --steps 10500 --decay-steps 10500 \
-	  --validate-every 1000 --validate-images 48 --out runs/miniature/stage1
+	  --vkitti $(SCENES)/vkitti --vkitti-crop 96 336 --cache runs/cache \
+	  --batch 16 --micro-batch 8 --lr 1e-3 --steps 11000 --decay-steps 11000 \
+	  --validate-every 2000 --validate-images 48 --out runs/miniature/stage1
 	$(PY) -m miniature.pretrain publish --ckpt runs/miniature/stage1/model.safetensors
 
 .venv/ready: requirements.txt

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from einops import reduce
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.chunks import preflight
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
@@ -57,6 +57,7 @@ class TrainingSet(Dataset):
         self.sources, self.probabilities = list(sources), list(probabilities)
         self.sizes = [tuple(size) for size in sizes]
         self.target, self.seed, self.batch, self.rgb_resize = target, seed, batch, rgb_resize
+        self.reading = None  # a Reading, where worker processes read
 
     def __getitem__(self, k):
         """dict(image uint8 3,h,w; target float32 1,h,w in [-1,1]; valid bool 1,h,w; name;
@@ -72,6 +73,8 @@ class TrainingSet(Dataset):
         replaced = []
         for entry in range(k, k + MAX_REPLACEMENTS):
             index = shuffled_index(self.seed, number, len(source), entry)
+            if self.reading:
+                self.reading.note(source.name(index))
             try:
                 sample = self.prepared(number, index, flips[place])
             except BadSample as error:
@@ -176,11 +179,12 @@ def read_batches(training_set, sampler, workers, on_bad):
     on_bad(name, reason): called once for every sample that had to be replaced because it is bad.
     Raises ValueError when over 1 % of what was drawn is bad.
     """
+    training_set.reading = Reading(workers)
     loader = DataLoader(training_set, batch_sampler=sampler, num_workers=workers,
                         collate_fn=collate, pin_memory=torch.cuda.is_available(),
                         prefetch_factor=4 if workers else None)
     drawn, count, bad = 0, 0, {}
-    for batch in one_sentence_errors(loader):
+    for batch in one_sentence_errors(loader, training_set.reading):
         drawn += len(batch["name"])
         for name, reason, filtered in batch.pop("replaced"):
             if not filtered:
@@ -194,13 +198,39 @@ def read_batches(training_set, sampler, workers, on_bad):
         yield batch
 
 
-def one_sentence_errors(loader):
-    """The loader's batches; a worker's ValueError without the traceback it comes wrapped in."""
+def one_sentence_errors(loader, reading):
+    """The loader's batches; a worker's error as one sentence, without the traceback around it.
+
+    reading: what each worker reads at the moment, for one that dies.
+    """
     try:
         yield from loader
     except ValueError as error:
         last_line = str(error).rstrip().split("\n")[-1]
         raise ValueError(last_line.removeprefix("ValueError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a process that reads data died (out of memory?) while the processes "
+                         f"read {' and '.join(reading.names())}: look at these, or use fewer "
+                         "--workers.") from error
+
+
+class Reading:
+    """The name of the sample that each worker reads, in memory that outlives the worker."""
+
+    def __init__(self, workers):
+        self.rows = torch.zeros(max(workers, 1), 512, dtype=torch.uint8).share_memory_()
+
+    def note(self, name):
+        worker = get_worker_info()
+        if worker:
+            text = name.encode()[-511:]
+            self.rows[worker.id, :len(text) + 1] = torch.tensor([*text, 0], dtype=torch.uint8)
+
+    def names(self):
+        texts = (bytes(row.tolist()).partition(b"\0")[0] for row in self.rows)
+        return [text.decode(errors="replace") for text in texts if text]
 
 
 def open_training_source(root, split="train", depth_scale=1000.0, crop=(352, 1216)):

@@ -1,0 +1,1 @@
+"""Runs that are killed, starved and poisoned, and what becomes of them."""

@@ -1,0 +1,162 @@
+"""Starts trainers as processes of their own and does harm to them.
+
+    python -m tests.faults.harness          # `make soak`: the long version, prints a table
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(command, ranks=1, **options):
+    """A script and its words as a process (with torchrun: several) on one thread each."""
+    words = [sys.executable]
+    if ranks > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    words += map(str, command)
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=ONE_THREAD, start_new_session=True, **options)
+
+
+def finish(command, ranks=1, **options):
+    """Runs a command to its end: (exit code, what it said)."""
+    process = start(command, ranks, **options)
+    said = process.communicate()[0]
+    return process.returncode, said
+
+
+def kill(process, number=signal.SIGKILL):
+    """Kills a process with all that it started."""
+    os.killpg(process.pid, number)
+    process.communicate()
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def kill_at_random(command, out, kills, seconds, rng):
+    """Starts a run again and again and kills it, every third time while it saves.
+
+    seconds: the longest that it is left alone. Returns how often it was killed when it was done.
+    """
+    for done in range(kills):
+        process = start([*command, "--out", out])
+        deadline = time.monotonic() + rng.uniform(0.1, 1) * seconds
+        saving = out / "state.pt.tmp"
+        while process.poll() is None and time.monotonic() < deadline:
+            if done % 3 == 0 and saving.exists():
+                break
+            time.sleep(0.001)
+        if process.poll() is not None:
+            code, said = process.returncode, process.communicate()[0]
+            if code:
+                raise AssertionError(f"exit code {code}: {said[-2000:]}")
+            return done
+        kill(process)
+    code, said = finish([*command, "--out", out])
+    if code:
+        raise AssertionError(f"exit code {code}: {said[-2000:]}")
+    return kills
+
+
+# ---------------------------------------------------------------------------- the long version
+
+
+def scenes_of(folder):
+    code, said = finish(["-m", "miniature.render", folder, "--train", 40, "--val", 2,
+                         "--streets-train", 4, "--streets-val", 2])
+    if code:
+        raise AssertionError(said)
+    return ["--data", folder / "hypersim", "--vkitti", folder / "vkitti", "--vkitti-crop", 96, 336]
+
+
+def commands(data, steps):
+    """Both stages on the miniature, a few samples a step."""
+    common = [*data, "--size", 96, 128, "--batch", 2, "--micro-batch", 2, "--steps", steps,
+              "--save-every", 5, "--validate-every", 10**6, "--validate-images", 1, "--workers", 1,
+              "--lr", 1e-4, "--warmup", 5, "--log-every", 1]
+    return {
+        "stage 1": ["train_stage1.py", "--sd2", "weights/miniature_sd2.safetensors", "--dinov2",
+                    "weights/miniature_dinov2.safetensors", *common],
+        "stage 2": ["train_stage2.py", "--ckpt", "weights/miniature.safetensors", *common],
+    }
+
+
+def soak_kills(data, steps, kills, rng, folder):
+    for name, command in commands(data, steps).items():
+        whole, cut = folder / f"{name} whole", folder / f"{name} cut"
+        began = time.monotonic()
+        code, said = finish([*command, "--out", whole])
+        assert code == 0, said
+        seconds = min(time.monotonic() - began, 15)
+        done = kill_at_random(command, cut, kills, seconds, rng)
+        same = sha256(whole / "model.safetensors") == sha256(cut / "model.safetensors")
+        yield f"{name}: {done} random kills", "model identical" if same else "MODEL DIFFERS"
+
+
+def soak_full_disk(data, rng, folder):
+    """On a disk of a few megabytes (a tmpfs, which only root can make)."""
+    command = commands(data, 40)["stage 1"]
+    disk = folder / "small disk"
+    disk.mkdir()
+    size = 180_000_000  # room for one checkpoint and a half
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]).returncode:
+        yield "a disk that fills up", "not tried: no right to mount"
+        return
+    try:
+        code, said = finish([*command, "--out", disk / "run"])
+        clear = code == 1 and "has no room for the checkpoint" in said and "Traceback" not in said
+        yield "a disk that fills up", "one sentence" if clear else f"UNCLEAR: {said[-500:]}"
+        shutil.copytree(disk / "run", folder / "rescued")
+        code, said = finish([*command, "--out", folder / "rescued"])
+        yield "its last checkpoint", "resumes" if code == 0 and "Resuming" in said else said[-500:]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def soak_truncations(data, rng, folder, count=40):
+    """The newest checkpoint cut at all kinds of places: the one before it is taken."""
+    command = commands(data, 20)["stage 1"]
+    whole = folder / "checkpoints"
+    code, said = finish([*command, "--out", whole])
+    assert code == 0, said
+    expected = sha256(whole / "model.safetensors")
+    content, good = (whole / "state.pt").read_bytes(), 0
+    for number in range(count):
+        place = int(len(content) * rng.random())
+        (whole / "state.pt").write_bytes(content[:place])
+        code, said = finish([*command, "--out", whole])
+        good += code == 0 and "damaged" in said and sha256(whole / "model.safetensors") == expected
+    yield f"{count} truncated checkpoints", f"{good} resumed from the one before, model identical"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data = scenes_of(folder / "scenes")
+        for rows in (soak_kills(data, args.steps, args.kills, rng, folder),
+                     soak_full_disk(data, rng, folder), soak_truncations(data, rng, folder)):
+            for what, result in rows:
+                print(f"{what:<40}{result}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The quick version of the faults, on networks of a few thousand parameters."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from tests.faults.harness import finish, kill, kill_at_random, sha256, start
+from tests.small_runs import SHORT, files
+
+RUN = [*SHORT, "--validate-every", 999, "--save-every", 2, "--steps", 12]
+GRADIENTS = """
+import sys, torch, {script}
+def keep(self):
+    torch.save([p.grad for group in self.param_groups for p in group["params"]], {out!r})
+    raise SystemExit
+torch.optim.Adam.step = keep
+{script}.main()
+"""
+
+
+def stage1(files, *options):
+    return ["train_stage1.py", "--sd2", files / "sd2.safetensors", "--dinov2",
+            files / "dinov2.safetensors", "--data", files / "pairs", *RUN, *options]
+
+
+def stage2(files, *options):
+    return ["train_stage2.py", "--ckpt", files / "stage1.safetensors", "--data", files / "pairs",
+            *RUN, *options]
+
+
+@pytest.mark.parametrize("stage", [stage1, stage2])
+def test_a_run_that_is_killed_again_and_again_ends_the_same(files, tmp_path, stage):
+    code, said = finish([*stage(files), "--out", tmp_path / "whole"])
+    assert code == 0, said
+    kill_at_random(stage(files), tmp_path / "cut", 4, 3, random.Random(0))
+    whole, cut = (sha256(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+LONG = ["--decay-steps", 20, "--lr", 3e-4, "--precision", "float32"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory):
+    """The losses of 20 steps in one process, which fall."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    code, said = finish([*stage1(files, *LONG, "--steps", 20), "--micro-batch", 4, "--out", out])
+    assert code == 0, said
+    rows = losses(out)
+    assert rows[-1] < rows[0]
+    return rows
+
+
+@pytest.mark.parametrize("ranks, micro, workers", [(2, 2, 3), (4, 1, 0)])
+def test_losses_do_not_depend_on_ranks_nor_on_a_change_of_them(files, undisturbed, tmp_path, ranks,
+                                                               micro, workers):
+    out = tmp_path / "run"
+    several = stage1(files, *LONG, "--micro-batch", micro, "--workers", workers)
+    code, said = finish([*several, "--steps", 13, "--out", out], ranks)
+    assert code == 0, said
+    assert losses(out) == pytest.approx(undisturbed[:13], rel=1e-4)
+    code, said = finish([*stage1(files, *LONG), "--steps", 20, "--extend", "--out", out])
+    assert code == 0 and "Resuming" in said, said  # on one rank now
+    assert losses(out) == pytest.approx(undisturbed, rel=1e-4)
+
+
+def gradient(files, folder, ranks, *options):
+    """The whole gradient of the first step, as one vector."""
+    folder.mkdir()
+    driver = folder / "driver.py"
+    driver.write_text(GRADIENTS.format(script="train_stage1", out=str(folder / "gradient.pt")))
+    finish([driver, *stage1(files, *options)[1:], "--out", folder / "run"], ranks)
+    return torch.cat([part.flatten() for part in torch.load(folder / "gradient.pt")])
+
+
+def test_gradients_do_not_depend_on_the_cut(files, tmp_path):
+    expected = gradient(files, tmp_path / "one", 1, "--micro-batch", 4)
+    for ranks, micro, workers in ((1, 1, 3), (2, 1, 0), (4, 1, 0)):
+        found = gradient(files, tmp_path / f"{ranks} {micro}", ranks, "--micro-batch", micro,
+                         "--workers", workers)
+        assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(files, tmp_path):
+    """The system refuses to write more: a sentence, and what was saved before stays."""
+    out = tmp_path / "run"
+    code, said = finish([*stage1(files, "--steps", 2, "--decay-steps", 9), "--out", out])
+    assert code == 0, said
+    before = sha256(out / "state.pt")
+    more = stage1(files, "--steps", 4, "--decay-steps", 9, "--extend")
+    limit = (out / "state.pt").stat().st_size // 2
+    code, said = finish([*more, "--out", out], preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))
+    assert code == 1 and "has no room for the checkpoint of step 4" in said
+    assert "Traceback" not in said and str(out) in said
+    assert sha256(out / "state.pt") == before and not list(out.glob("*.tmp"))
+    assert finish([*more, "--out", out])[0] == 0
+
+
+def test_a_data_set_that_loses_files_is_survived(files, tmp_path):
+    shutil.copytree(files / "pairs", tmp_path / "pairs")
+    options = ["--data", tmp_path / "pairs", "--steps", 60, "--decay-steps", 60]
+    process = start([*stage1(files, *options), "--out", tmp_path / "run"])
+    while not (tmp_path / "run" / "state.pt").exists():
+        time.sleep(0.01)
+    (tmp_path / "pairs/train/depth/3.npy").unlink()
+    said = process.communicate()[0]
+    # One of six samples is a large share, so that the run may end, but only with a sentence.
+    assert "3.npy is missing" in said and "Traceback" not in said
+    assert process.returncode in (0, 1)
+
+
+def test_a_dying_rank_ends_the_job_with_its_own_error(files, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text("import os, train_stage1, engine\noriginal = engine.optimizer_step\n"
+                      "def dies(*a):\n    if os.environ['RANK'] == '1':\n"
+                      "        raise ValueError('the second rank has had enough.')\n"
+                      "    return original(*a)\nengine.optimizer_step = dies\n"
+                      "engine.run(train_stage1.main)\n")
+    began = time.monotonic()
+    code, said = finish([driver, *stage1(files)[1:], "--out", tmp_path / "run"], ranks=2)
+    assert code != 0 and "error: the second rank has had enough." in said
+    assert time.monotonic() - began < 60
+
+
+def test_a_worker_that_dies_is_reported_with_its_file(files, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text("import os, signal, train_stage1, engine\n"
+                      "from data.pairs import FolderOfPairs\n"
+                      "original = FolderOfPairs.__getitem__\n"
+                      "def dies(self, i):\n    if self.name(i).endswith('3'):\n"
+                      "        os.kill(os.getpid(), signal.SIGKILL)\n"
+                      "    return original(self, i)\nFolderOfPairs.__getitem__ = dies\n"
+                      "engine.run(train_stage1.main)\n")
+    command = [driver, *stage1(files, "--workers", 2)[1:], "--out", tmp_path / "run"]
+    code, said = finish(command)
+    last = said.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: a process that reads data died")
+    assert "rgb/3" in last and "Traceback" not in said
+
+
+def test_torchrun_saves_when_it_is_stopped(files, tmp_path):
+    command = [*stage1(files, "--steps", 400, "--save-every", 999), "--out", tmp_path / "run"]
+    process = start(command, ranks=2)
+    log = tmp_path / "run" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 3:
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert time.monotonic() - began < 30 and "Asked to leave: saved after" in said
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] >= 3
