@@ -31,7 +31,7 @@ from data.transforms import normalise_target
 from extras.compare import compare
 from extras.report import PUBLISHED, save_pictures, write_report
 from miniature import embedded, render
-from nets.depthmaster import DepthMaster
+from nets.depthmaster import DepthMaster, inference_dtype
 
 COLUMNS = {  # score: heading, factor and digits of what is printed
     "abs_rel": ("AbsRel", 100, 2), "delta1": ("d1", 100, 2), "delta2": ("d2", 100, 2),
@@ -107,12 +107,12 @@ def open_sets(root, names, depth_scale, vkitti_crop):
     return sets
 
 
-def open_model(path, device, precision):
-    """The model at a path, ready to predict."""
-    model = DepthMaster.from_file(path)
+def open_model(path, device, precision, paradigm):
+    """The model at a path, ready to predict in one of the ways of PARADIGMS."""
+    model = DepthMaster.from_file(path, device, inference_dtype(device, precision))
     if model.kind == "sd2":
         engine.say(f"warning: {path} was never trained for depth; its scores mean nothing.")
-    return model.for_inference(device, precision)
+    return model.for_inference(device, precision, PARADIGMS[paradigm])
 
 
 def model_predictor(model, processing_res, paradigm):
@@ -309,7 +309,8 @@ def main():
     ranks = engine.start("cpu" if args.predictions else args.device)
     say_defaults(args.ckpt, args.predictions, args.data)
     ckpt = args.ckpt or embedded.TRAINED
-    model = None if args.predictions else open_model(ckpt, ranks.device, args.precision)
+    model = None if args.predictions else open_model(
+        ckpt, ranks.device, args.precision, args.paradigm)
     # Saved predictions are read one by one, so that a bad file is alone.
     args.batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
     args.align = args.align or (model.target if model else "sqrt_disparity")

@@ -10,9 +10,13 @@ picture that cannot be used is reported, and the others are still written (exit 
 
 import argparse
 import sys
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import engine
@@ -20,9 +24,10 @@ from data.files import write_npy, write_png
 from data.hypersim import Hypersim
 from extras.pictures import MEANING, SUFFIXES, read_photograph, with_legend, write_described_png
 from miniature import embedded, render
-from nets.depthmaster import DepthMaster
+from nets.depthmaster import DepthMaster, inference_dtype
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png"}
+THREADS = 2  # that decode pictures and write results
 FAR_TO_NEAR = 10  # assumed ratio of the farthest to the nearest depth, in `to_sqrt_disparity` only
 
 
@@ -38,7 +43,9 @@ def options():
     add("--processing-res", type=int, metavar="PIXELS",
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="auto: bfloat16 on CUDA, else float32")
+        help="auto: bfloat16 where it is fast (GPUs, CPUs with AMX), else float32")
+    add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
+        "follow each other (8 on CUDA, else 1)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     return parser.parse_args()
 
@@ -102,7 +109,7 @@ def embedded_pictures():
 
 def open_model(path, device, precision):
     """The model at a path, ready to predict; says what one should know of its results."""
-    model = DepthMaster.from_file(path)
+    model = DepthMaster.from_file(path, device, inference_dtype(device, precision))
     if model.kind == "sd2":
         engine.say(f"warning: {path} was never trained for depth; its results mean nothing.")
     if model.target != "sqrt_disparity":  # Deviation: released, there is no other target
@@ -111,19 +118,78 @@ def open_model(path, device, precision):
     return model.for_inference(device, precision)
 
 
-def predict(model, image, processing_res):
-    """image uint8 H,W,3 -> square-root disparity, float32 H,W in [0,1], 1 = near.
+# ------------------------------------------------------------- reading, predicting, writing
 
-    If half precision overflows, the model goes on in float32, and says so.
+
+def read_ahead(pool, pictures, count):
+    """(name, image uint8 H,W,3 or the error that reading it gave), of {name: path}, in order.
+
+    `count` pictures are read by the pool before they are asked for.
     """
-    pred = model.predict(image, processing_res)
-    weights = model.unet.conv_in.weight
-    if not np.isfinite(pred).all() and weights.element_size() < 4:
-        engine.say(f"{weights.dtype} overflowed: going on in float32.")
-        pred = model.for_inference(weights.device, "float32").predict(image, processing_res)
-    if not np.isfinite(pred).all():
-        raise ValueError("the model's result is not finite: its weights are damaged.")
+    coming = deque()
+    for name, path in pictures.items():
+        coming.append((name, pool.submit(read_photograph, path)))
+        if len(coming) > count:
+            name, reading = coming.popleft()
+            yield name, reading.exception() or reading.result()
+    for name, reading in coming:
+        yield name, reading.exception() or reading.result()
+
+
+def batches(images, size):
+    """(name, image) pairs -> lists of at most `size` that follow each other and are equally large.
+
+    A pair with an error in place of the image is alone.
+    """
+    batch = []
+    for name, image in images:
+        shape = getattr(image, "shape", None)
+        if batch and (len(batch) == size or shape is None or shape != batch[0][1].shape):
+            yield batch
+            batch = []
+        batch.append((name, image))
+        if shape is None:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def predict(model, images, processing_res):
+    """Images uint8 H,W,3 of one size -> square-root disparity, float32 B,H,W in [0,1], 1 = near."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    pred = model.predict_batch(stacked, processing_res).cpu().numpy()
     return to_sqrt_disparity(pred, model.target)
+
+
+def predict_all(model, pictures, outputs, processing_res, batch):
+    """Predicts {name: path} into {name: files}; what can't be used is said. Paths of those.
+
+    Pictures are decoded and results written in the background, a few ahead and a few behind.
+    """
+    failed, writing = [], deque()
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(pictures), unit="picture",
+                                                   dynamic_ncols=True) as bar:
+        for group in batches(read_ahead(pool, pictures, batch + THREADS), batch):
+            names, images = zip(*group)
+            try:
+                if isinstance(images[0], Exception):
+                    raise images[0]
+                maps = predict(model, images, processing_res)
+            except ValueError as error:
+                paths = [pictures[name] for name in names]
+                blamed = "" if str(paths[0]) in str(error) else f"{paths[0]}: "
+                tqdm.write(f"left out: {blamed}{error}", file=sys.stderr)
+                failed += paths
+            else:
+                writing += [pool.submit(write, near, outputs[name])
+                            for name, near in zip(names, maps)]
+            while len(writing) > batch + THREADS:
+                writing.popleft().result()
+            bar.update(len(names))
+        for task in writing:
+            task.result()
+    return failed
 
 
 def to_sqrt_disparity(x, target):
@@ -168,16 +234,9 @@ def main():
     replaced = sum(path.exists() for files in outputs.values() for path in files.values())
     model = open_model(args.ckpt or embedded.TRAINED, engine.start(args.device).device,
                        args.precision)
-    failed = []
-    for name, path in tqdm(pictures.items(), unit="picture", dynamic_ncols=True):
-        try:
-            near = predict(model, read_photograph(path), args.processing_res)
-        except ValueError as error:
-            blamed = "" if str(path) in str(error) else f"{path}: "
-            tqdm.write(f"left out: {blamed}{error}", file=sys.stderr)
-            failed.append(path)
-        else:
-            write(near, outputs[name])
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    batch = args.batch or (8 if model.device.type == "cuda" else 1)
+    failed = predict_all(model, pictures, outputs, args.processing_res, batch)
     engine.say(f"{len(pictures) - len(failed)} pictures predicted into {args.out}: {MEANING}."
                + (f" {replaced} files of an earlier run were replaced." if replaced else ""))
     if failed:

@@ -4,17 +4,21 @@ arXiv 2501.02576, section III. What comes out is square-root disparity up to sca
 1 = near, 0 = far.
 """
 
+import warnings
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nets import checkpoint
+from nets import checkpoint, strips
+from nets.folds import fold
 from nets.fourier import FourierEnhancement
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
 KINDS = ("sd2", "stage1", "stage2")
+MANY_PIXELS = 2 << 20  # of a picture whose maps should not lie in memory several times
 
 
 class DepthMaster(nn.Module):
@@ -30,7 +34,7 @@ class DepthMaster(nn.Module):
         super().__init__()
         self.config = dict(vae=dict(vae or {}), unet=dict(unet or {}), target=target,
                            train_size=list(train_size), processing_res=processing_res)
-        self.kind, self.sources, self.licence = "sd2", [], ""
+        self.kind, self.sources, self.licence, self.folded = "sd2", [], "", False
         self.target, self.train_size = target, tuple(train_size)
         self.processing_res = processing_res
         self.vae = AutoencoderKL(**self.config["vae"])
@@ -58,24 +62,26 @@ class DepthMaster(nn.Module):
         self.config["unet"]["fourier"] = True
 
     def save(self, path, dtype=torch.float32):
-        """Writes a self-contained model file."""
+        """Writes a self-contained model file. ValueError after `for_inference`."""
+        if self.folded:
+            raise ValueError("a model that was folded for inference can't be saved: save the one "
+                             "that it was made from.")
         tensors = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
         header = dict(kind=self.kind, config=self.config, sources=self.sources,
                       licence=self.licence)
         checkpoint.save(path, tensors, header)
 
-    def for_inference(self, device="cpu", precision="auto"):
-        """Brings the model to a device and precision (`auto`: bfloat16 on CUDA, else float32).
+    def for_inference(self, device="cpu", precision="auto", timesteps=(1,)):
+        """Makes the model fast, and unfit for training and saving; returns it.
 
-        channels_last on CUDA only: on the CPU, PyTorch's GroupNorm of a large picture is less
-        exact in it (relative error 8e-5 instead of 2e-7 at 128,640,768).
+        Brings it to a device and a precision (`inference_dtype`), channels last, and folds what is
+        constant (nets/folds.py). timesteps: of the passes that it will be asked for.
         """
-        cuda = torch.device(device).type == "cuda"
-        if precision == "auto":
-            precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
-        dtype = getattr(torch, precision)
-        layout = torch.channels_last if cuda else torch.contiguous_format
-        return self.to(device=device, dtype=dtype, memory_format=layout).eval()
+        if not self.folded:
+            fold(self, timestep=tuple(timesteps) == (1,))
+            self.folded = True
+        return self.to(device=device, dtype=inference_dtype(device, precision),
+                       memory_format=torch.channels_last).eval()
 
     def forward(self, image, timesteps=(1,)):
         """image B,3,H,W in [-1,1] -> depth map B,1,8h,8w, clipped to [-1,1] (Eq. 1-2).
@@ -84,14 +90,26 @@ class DepthMaster(nn.Module):
         timesteps: of the passes, each of which starts from the last one's output; the method has
         one, at t = 1 (no noise, no scheduler: the output is the latent).
         """
-        latent = self.vae.encode(image.to(self.dtype))
+        latent = self.encode(image.to(self.dtype))
         for timestep in timesteps:
             latent, _ = self.unet(latent, timestep=timestep)
         return self.decode_depth(latent).float().clamp(-1, 1)
 
     def decode_depth(self, latent):
         """latent B,4,h,w -> depth map B,1,8h,8w: the decoder's channels' mean, not clipped."""
-        return self.vae.decode(latent).mean(dim=1, keepdim=True)
+        way = strips.decode if self.in_strips(8 * latent.shape[2], 8 * latent.shape[3]) else (
+            AutoencoderKL.decode)
+        return way(self.vae, latent).mean(dim=1, keepdim=True)
+
+    def encode(self, image):
+        """image B,3,H,W in [-1,1] -> latent B,4,h,w."""
+        way = strips.encode if self.in_strips(*image.shape[2:]) else AutoencoderKL.encode
+        return way(self.vae, image)
+
+    def in_strips(self, height, width):
+        """Whether the autoencoder goes in strips: without gradients, on a CPU or if it is much."""
+        much = self.device.type == "cpu" or height * width > MANY_PIXELS
+        return much and not torch.is_grad_enabled()
 
     def predict(self, image, processing_res=None):
         """image uint8 H,W,3 -> float32 H,W in [0,1], `target` up to scale and shift.
@@ -108,14 +126,19 @@ class DepthMaster(nn.Module):
     def predict_batch(self, images, processing_res=None, timesteps=(1,)):
         """images uint8 B,3,H,W -> float32 B,H,W in [0,1] on the model's device, as `predict`.
 
-        timesteps: as in `forward`.
+        timesteps: as in `forward`. If half precision overflows, the model goes on in float32 and
+        warns (UserWarning). ValueError if the result is not finite in float32.
         """
-        # Contiguous: a view of H,W,3 would pass for channels-last where no resize follows, and the
-        # CPU's GroupNorm is 30 times less exact on that.
-        x = images.to(self.device).contiguous().float()
+        x = images.to(self.device).contiguous().float()  # a view of H,W,3, too
         x = resize(x, self.processing_size(images.shape[2:], processing_res))
         x = x.round().clamp(0, 255)  # to 8 bits, as a saved picture would be
-        return to_unit_map(self(x / 127.5 - 1, timesteps), images.shape[2:])
+        depth = to_unit_map(self(x / 127.5 - 1, timesteps), images.shape[2:])
+        if torch.isfinite(depth).all():
+            return depth
+        if self.dtype.itemsize >= 4:
+            raise ValueError("the model's result is not finite: its weights are damaged.")
+        warnings.warn(f"{self.dtype} overflowed: going on in float32.", stacklevel=2)
+        return self.to(torch.float32).predict_batch(images, processing_res, timesteps)
 
     @torch.inference_mode()
     def round_trip(self, targets, processing_res=None):
@@ -125,7 +148,7 @@ class DepthMaster(nn.Module):
         """
         size = self.processing_size(targets.shape[2:], processing_res)
         x = F.interpolate(targets.to(self.device), size=size, mode="nearest-exact")
-        latent = self.vae.encode(x.expand(-1, 3, -1, -1).to(self.dtype))
+        latent = self.encode(x.expand(-1, 3, -1, -1).to(self.dtype))
         return to_unit_map(self.decode_depth(latent).float().clamp(-1, 1), targets.shape[2:])
 
     def processing_size(self, size, processing_res=None):
@@ -145,6 +168,23 @@ class DepthMaster(nn.Module):
     @property
     def dtype(self):
         return self.unet.conv_in.weight.dtype
+
+
+def inference_dtype(device="cpu", precision="auto"):
+    """torch's type for `auto`, `float32`, `bfloat16` or `float16`.
+
+    auto: bfloat16 where the device computes faster in it (a GPU that has it, a CPU with AMX); on
+    older GPUs float16; else float32.
+    """
+    kind = torch.device(device).type
+    if precision == "auto" and kind == "cuda":
+        # Without emulation: what is emulated is slow.
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bfloat16" if fast else "float16"
+    elif precision == "auto":
+        fast = kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        precision = "bfloat16" if fast else "float32"
+    return getattr(torch, precision)
 
 
 def to_unit_map(depth, size):

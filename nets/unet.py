@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import recompute
+from nets.enlarge import enlarge
 from nets.fourier import FourierEnhancement
 
 
@@ -23,6 +24,11 @@ def timestep_embedding(timestep, width):
     exponent = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
     angles = timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def silu(x):
+    """In place where nobody needs the input again."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class TimeEmbedding(nn.Module):
@@ -49,9 +55,10 @@ class Resnet(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        if self.time is not None:  # else it is part of conv1's bias (nets/folds.py)
+            h = h + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(silu(self.norm2(h)))
         return self.shortcut(x) + h
 
 
@@ -201,10 +208,7 @@ class UNet(nn.Module):
         the way down with its stride. timestep: a number, or one per sample (B).
         """
         batch = latent.shape[0]
-        if not torch.is_tensor(timestep):
-            timestep = torch.full((batch,), timestep, device=latent.device)
-        time = timestep_embedding(timestep, self.channels[0]).to(latent.dtype)
-        time = self.time_embedding(time)  # B,4*C0
+        time = self.time(timestep, latent)
         text = self.text_embedding.expand(batch, -1, -1).to(latent.dtype)  # B,2,1024
 
         features = {}
@@ -227,8 +231,19 @@ class UNet(nn.Module):
                 x = self._run(block.layer, index, x, time, text)
             if block.resize is not None:
                 # Odd sizes: up to the size of the next skip, never blindly x2.
-                x = block.resize(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x))), features[feature]
+                x = enlarge(x, block.resize, size=skips[-1].shape[2:])
+        return self.conv_out(silu(self.norm_out(x))), features[feature]
+
+    def time(self, timestep, latent):
+        """The time step's embedding, B,4*C0; None where it is folded into biases."""
+        if self.time_embedding is None:
+            if torch.is_tensor(timestep) or timestep != 1:
+                raise ValueError("this U-Net is folded for time step 1 and can't take another.")
+            return None
+        if not torch.is_tensor(timestep):
+            timestep = torch.full((len(latent),), timestep, device=latent.device)
+        time = timestep_embedding(timestep, self.channels[0]).to(latent.dtype)
+        return self.time_embedding(time)
 
     def _run(self, function, *inputs):
         return recompute.run(function, *inputs, recompute=self.checkpoint_activations)

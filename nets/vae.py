@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import recompute
+from nets.enlarge import enlarge
 
 
 class Resnet(nn.Module):
@@ -42,10 +43,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x):
-        height = x.shape[2]
-        n = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")  # one head
+        return x + self.attend(self.norm(x))
+
+    def attend(self, n):
+        """What is added to a map, from the normalised map."""
+        height = n.shape[2]
+        n = rearrange(n, "b c h w -> b 1 (h w) c")  # one head
         n = F.scaled_dot_product_attention(self.q(n), self.k(n), self.v(n))
-        return x + rearrange(self.out(n), "b 1 (h w) c -> b c h w", h=height)
+        return rearrange(self.out(n), "b 1 (h w) c -> b c h w", h=height)
 
 
 class Middle(nn.Module):
@@ -95,7 +100,7 @@ class Up(nn.Module):
         return x
 
     def enlarge(self, x):
-        return self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return enlarge(x, self.upsample)
 
 
 class Encoder(nn.Module):

@@ -153,7 +153,8 @@ def test_alignment_space_and_resolution_are_the_models(target, world, monkeypatc
 def test_paradigms(paradigm, world, ckpt, monkeypatch, capsys):
     assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--datasets", "pairs",
                 "--paradigm", paradigm, "--out", world / "out") == 0
-    model = DepthMaster.from_file(ckpt).for_inference()
+    steps = (4, 3, 2, 1) if paradigm == "iterative" else (1,)
+    model = DepthMaster.from_file(ckpt).for_inference(timesteps=steps)
     expected = []
     for number, name in enumerate(sorted(SIZES)):
         depth_m, valid = truth(world, name)
@@ -162,7 +163,6 @@ def test_paradigms(paradigm, world, ckpt, monkeypatch, capsys):
             target = normalise_target(depth, torch.from_numpy(valid)[None])
             pred = model.round_trip(target[None])[0].numpy()
         else:
-            steps = (4, 3, 2, 1) if paradigm == "iterative" else (1,)
             image = torch.from_numpy(photo(*SIZES[name], seed=number)).permute(2, 0, 1)
             pred = model.predict_batch(image[None], timesteps=steps)[0].numpy()
         expected.append(pairs_score(pred, depth_m, valid, "sqrt_disparity"))

@@ -95,7 +95,7 @@ def test_options_reach_the_model(tmp_path, ckpt, monkeypatch):
     assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out",
                 "--processing-res", 0, "--save", "npy", "--precision", "bfloat16") == 0
     assert set(files_in(tmp_path / "out")) == {"a.npy"}
-    model = DepthMaster.from_file(ckpt).for_inference(precision="bfloat16")
+    model = DepthMaster.from_file(ckpt, dtype=torch.bfloat16).for_inference(precision="bfloat16")
     near = np.load(tmp_path / "out" / "a.npy")
     np.testing.assert_array_equal(near, model.predict(image, 0))
     assert not np.array_equal(near, model.predict(image))
@@ -210,22 +210,48 @@ def test_models_of_another_target_are_converted_and_say_so(tmp_path, monkeypatch
     np.testing.assert_allclose(near, predict.to_sqrt_disparity(depth, "depth"), atol=1e-7)
 
 
-def test_overflow_in_half_precision_is_repeated_in_float32(ckpt, monkeypatch, capsys):
-    model = DepthMaster.from_file(ckpt).for_inference(precision="float16")
-    genuine = DepthMaster.predict
+def test_pictures_of_one_size_are_predicted_together(tmp_path, ckpt, monkeypatch):
+    sizes = [(24, 32), (24, 32), (24, 32), (24, 40), (24, 32)]
+    for seed, size in enumerate(sizes):
+        iio.imwrite(tmp_path / f"{seed}.png", photo(*size, seed=seed))
+    (tmp_path / "1_broken.png").write_bytes(b"nothing")
+    seen, original = [], DepthMaster.predict_batch
+    monkeypatch.setattr(DepthMaster, "predict_batch", lambda self, images, *rest: (
+        seen.append(len(images)), original(self, images, *rest))[1])
+    for batch, expected in ((1, [1] * 5), (2, [2, 1, 1, 1])):
+        seen.clear()
+        assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--out", tmp_path / f"out{batch}",
+                    "--save", "npy", "--batch", batch) == 1
+        assert seen == expected
+    for seed in range(5):
+        alone, together = (np.load(tmp_path / f"out{batch}/{seed}.npy") for batch in (1, 2))
+        np.testing.assert_allclose(alone, together, atol=1e-5)
 
-    def overflowing(self, image, processing_res=None):
-        if self.unet.conv_in.weight.dtype == torch.float16:
-            return np.full(image.shape[:2], np.nan, np.float32)
-        return genuine(self, image, processing_res)
 
-    monkeypatch.setattr(DepthMaster, "predict", overflowing)
-    near = predict.predict(model, photo(24, 32), None)
-    assert near.shape == (24, 32) and np.isfinite(near).all()
-    assert "going on in float32" in capsys.readouterr().err
-    monkeypatch.setattr(DepthMaster, "predict", lambda *_: np.full((2, 2), np.nan, np.float32))
-    with pytest.raises(ValueError, match="not finite"):
-        predict.predict(model, photo(24, 32), None)
+def test_a_result_that_cannot_be_written_ends_with_a_sentence(tmp_path, ckpt, monkeypatch, capsys):
+    iio.imwrite(tmp_path / "a.png", photo(24, 32))
+    (tmp_path / "out").write_text("a file where the folder should be")
+    assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out") == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_overflow_in_half_precision_is_repeated_in_float32(tmp_path, ckpt, monkeypatch, capsys):
+    genuine = DepthMaster.forward
+
+    def overflowing(self, image, timesteps):
+        factor = float("nan") if self.dtype == torch.float16 else 1
+        return factor * genuine(self, image, timesteps)
+
+    monkeypatch.setattr(DepthMaster, "forward", overflowing)
+    iio.imwrite(tmp_path / "a.png", photo(24, 32))
+    words = [tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out"]
+    assert call(monkeypatch, *words, "--precision", "float16") == 0
+    assert "overflowed: going on in float32" in capsys.readouterr().err
+    assert np.isfinite(np.load(tmp_path / "out/a.npy")).all()
+    monkeypatch.setattr(DepthMaster, "forward",
+                        lambda self, *_: torch.full((1, 1, 24, 32), float("nan")))
+    assert call(monkeypatch, *words) == 1
+    assert "not finite: its weights are damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("height, width", [(192, 256), (30, 20), (300, 2000)])

@@ -1,0 +1,85 @@
+"""What is constant in a trained model, computed once: for inference only, with the same numbers.
+
+The time step is always 1 and the text always the same two tokens, so the time embedding becomes
+part of biases, and each attention to the text, a softmax over two scores, becomes one gate per
+head: the sigmoid of the scores' difference. Of SD2's U-Net 75 M weights are gone then. The mean
+over the decoder's three channels is a mean of the weights that make them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nets.unet import Resnet, Transformer, timestep_embedding
+
+
+def fold(model, timestep=True):
+    """Folds a DepthMaster in place. timestep: also the time step, after which there is only 1."""
+    for module in model.unet.modules():
+        if isinstance(module, Transformer) and len(model.unet.text_embedding) == 2:
+            module.cross_attention = gates(module.cross_attention, model.unet.text_embedding)
+    if timestep:
+        fold_timestep(model.unet)
+    fold_mean(model.vae.decoder)
+
+
+class Gates(nn.Module):
+    """Attention to two constant tokens: B,N,C -> B,N,C through one number per head."""
+
+    def __init__(self, score, out):
+        super().__init__()
+        self.score, self.out = score, out
+
+    def forward(self, x, context):
+        return self.out(torch.sigmoid(self.score(x)))
+
+
+@torch.no_grad()
+def gates(attention, tokens):
+    """The Gates that equal an attention to tokens 2,D."""
+    heads, out = attention.heads, attention.out
+    k, v = (layer.weight.float() @ tokens.float().T for layer in (attention.k, attention.v))  # C,2
+    k, v = (t.view(heads, -1, 2) for t in (k, v))
+    # softmax(s0, s1) = (p, 1 - p) with p = sigmoid(s0 - s1); the result is v1 + p (v0 - v1).
+    direction = (k[..., 0] - k[..., 1]) / k.shape[1]**0.5  # heads,d
+    score = torch.einsum("hd,hdc->hc", direction, attention.q.weight.float().view(
+        heads, k.shape[1], -1))
+    mix = out.weight.float().view(-1, heads, v.shape[1])  # C,heads,d
+    bias = out.bias.float() + torch.einsum("chd,hd->c", mix, v[..., 1])
+    weight = torch.einsum("chd,hd->ch", mix, v[..., 0] - v[..., 1])
+    return Gates(linear(score, None, out.weight), linear(weight, bias, out.weight))
+
+
+def linear(weight, bias, like):
+    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(like))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(like))
+    return layer
+
+
+@torch.no_grad()
+def fold_timestep(unet):
+    """Adds what time step 1 adds after each resnet's first convolution to that one's bias."""
+    if unet.time_embedding is None:
+        return
+    one = torch.ones(1, device=unet.text_embedding.device)
+    sinusoids = timestep_embedding(one, unet.channels[0])
+    time = F.silu(unet.time_embedding.float()(sinusoids))
+    for module in unet.modules():
+        if isinstance(module, Resnet):
+            bias = module.conv1.bias
+            added = module.time.float()(time)[0]
+            module.conv1.bias = nn.Parameter((bias.float() + added).to(bias))
+            module.time = None
+    unet.time_embedding = None
+
+
+@torch.no_grad()
+def fold_mean(decoder):
+    """Lets the decoder's last convolution give the mean of its channels, as one channel."""
+    conv = decoder.conv_out
+    if conv.out_channels > 1:
+        conv.weight = nn.Parameter(conv.weight.float().mean(0, keepdim=True).to(conv.weight))
+        conv.bias = nn.Parameter(conv.bias.float().mean(0, keepdim=True).to(conv.bias))
+        conv.out_channels = 1
