@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,35 @@ def parallel(objective, ranks):
         return objective
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def recompute_activations(choice, trained, ranks, needed):
+    """Whether to recompute activations: `on`, `off`, or `auto`, where they would not fit.
+
+    trained: the parameters; needed(): bytes of activations. They have to fit beside gradients and
+    Adam's moments; a fifth is left for what comes and goes.
+    """
+    if choice != "auto":
+        return choice == "on"
+    needed, rest = needed(), 3 * sum(p.numel() * p.element_size() for p in trained)
+    free = free_memory(ranks.device) / (1 if ranks.device.type == "cuda" else ranks.world)
+    if 1.25 * needed + rest < free:
+        return False
+    say(f"Activations of {needed / 2**30:.1f} GiB are recomputed: {free / 2**30:.1f} GiB are free "
+        "(--checkpoint-activations off keeps them).")
+    return True
+
+
+def free_memory(device):
+    """Bytes that are free on a device, or may be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        rows = Path("/proc/meminfo").read_text().splitlines()
+        kibibytes = next(row.split()[1] for row in rows if row.startswith("MemAvailable"))
+        return 1024 * int(kibibytes)
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def training_dtype(precision, device):
@@ -309,8 +339,9 @@ def add_training_options(parser, steps, lr):
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the networks; auto: bfloat16 on CUDA, else float32")
     add("--compile", action="store_true", help="torch.compile the U-Net")
-    add("--checkpoint-activations", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
+        default="auto", help="recompute activations in the backward pass: less memory, a third "
+        "more time; auto: where they would not fit")
     add("--workers", type=int, default=2, help="processes that read data, per rank (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--log-every", type=positive, default=10, help="steps (%(default)s)")

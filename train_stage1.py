@@ -10,6 +10,7 @@ The same command again resumes. Without --data and --sd2 it trains the embedded 
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from losses.latent import cells_to_pixels, latent_loss, valid_cells
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
+from nets.recompute import activation_bytes
 from validation import check
 
 
@@ -78,6 +80,16 @@ class Stage1(nn.Module):
         grid = [side // self.teacher.patch for side in image.shape[2:]]
         tokens = self.teacher(image.to(self.teacher.norm.weight.dtype))
         return resize_tokens(tokens, grid, size)
+
+    def activation_bytes(self, samples, size, dtype):
+        """What a micro-batch of a size (height, width) keeps for the backward pass, in bytes."""
+        device = self.unet.conv_in.weight.device
+
+        def forward(side):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return self.unet(torch.zeros(1, 4, side, side, device=device))
+
+        return activation_bytes(forward, samples * math.prod(size) // 64)
 
 
 def options():
@@ -140,7 +152,9 @@ def main():
         teacher = DINOv2.from_file(dinov2, dtype=dtype)
     objective = Stage1(model, teacher, args.align_at, args.align_loss)
     objective.to(ranks.device, memory_format=torch.channels_last)
-    objective.unet.checkpoint_activations = args.checkpoint_activations
+    objective.unet.checkpoint_activations = engine.recompute_activations(
+        args.checkpoint_activations, objective.unet.parameters(), ranks,
+        needed=lambda: objective.activation_bytes(args.micro_batch, model.train_size, dtype))
     weights = {"latent": 1.0} | ({"alignment": args.align_weight} if teacher else {})
     trained = nn.ModuleDict({"unet": objective.unet})
     if teacher:

@@ -10,6 +10,7 @@ The same command again resumes. Without --data it trains on the embedded miniatu
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from data.training import (
 from losses.gradient import gradient_loss, pixel_loss
 from miniature import embedded
 from nets.depthmaster import DepthMaster
+from nets.recompute import activation_bytes
 from validation import check
 
 
@@ -45,6 +47,17 @@ class Stage2(nn.Module):
         target, valid = (batch[name][:, :, :height, :width] for name in ("target", "valid"))
         return {"pixel": pixel_loss(pred, target, valid),
                 "gradient": gradient_loss(pred, target, valid)}
+
+    def activation_bytes(self, samples, size, dtype):
+        """What a micro-batch of a size (height, width) keeps for the backward pass, in bytes."""
+        device = self.model.unet.conv_in.weight.device
+
+        def forward(side):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                z_pred, _ = self.model.unet(torch.zeros(1, 4, side, side, device=device))
+                return self.model.decode_depth(z_pred)
+
+        return activation_bytes(forward, samples * math.prod(size) // 64)
 
 
 def options():
@@ -86,8 +99,10 @@ def main():
                          "from stage 1's model.")
     model.become("stage2", train_size=args.size)
     objective = Stage2(model).to(ranks.device, memory_format=torch.channels_last)
-    model.unet.checkpoint_activations = args.checkpoint_activations
-    model.vae.decoder.checkpoint_activations = args.checkpoint_activations
+    recompute = engine.recompute_activations(
+        args.checkpoint_activations, model.unet.parameters(), ranks,
+        needed=lambda: objective.activation_bytes(args.micro_batch, model.train_size, dtype))
+    model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
     weights = {"pixel": args.pixel_weight, "gradient": args.gradient_weight}
     optimizer = torch.optim.Adam(model.unet.parameters(), lr=0.0, fused=True)
 

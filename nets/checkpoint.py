@@ -19,6 +19,7 @@ ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and c
 KEY = "depthmaster"
 MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
            "stage2": "train_stage2.py"}
+PART = 1 << 27  # bytes that are converted before a file is mapped anew
 
 
 def save(path, tensors, header):
@@ -110,16 +111,38 @@ def build(constructor, config, path, device="cpu", dtype=None):
         raise ValueError(f"{path} describes a model that can't be built ({error}): convert or copy "
                          "it again.") from error
     expected = module.state_dict()
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        names = set(file.keys())
-        if names != set(expected):
-            odd = sorted(names ^ set(expected))
-            raise ValueError(f"{path} does not fit the model that its header describes: "
-                             f"{len(odd)} tensors are missing or unknown, {odd[0]} first.")
-        tensors = {name: file.get_tensor(name).to(dtype or torch.float32) for name in names}
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+    if set(names) != set(expected):
+        odd = sorted(set(names) ^ set(expected))
+        raise ValueError(f"{path} does not fit the model that its header describes: "
+                         f"{len(odd)} tensors are missing or unknown, {odd[0]} first.")
+    tensors = read_tensors(path, names, device, dtype or torch.float32)
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the model needs "
                              f"{tuple(expected[name].shape)}.")
     module.load_state_dict(tensors, assign=True)
     return module.eval()
+
+
+def read_tensors(path, names, device, dtype):
+    """{name: tensor} of a file, on a device and in a type; without conversion, they stay mapped.
+
+    What was read of a mapped file counts as memory until the map is gone, so it is opened again
+    every PART bytes. ValueError if another file has taken its place meanwhile.
+    """
+    tensors, names = {}, list(reversed(names))
+    with open(path, "rb") as first:
+        while names:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                if not os.path.samestat(os.fstat(first.fileno()), os.stat(path)):
+                    raise ValueError(f"{path} was replaced while it was read: open it again.")
+                converted = 0
+                while names and converted < PART:
+                    name = names.pop()
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor.to(dtype)
+                    if tensors[name] is not tensor:
+                        converted += tensor.nbytes
+    return tensors

@@ -1,6 +1,7 @@
 """Less memory in training: activations that are computed again in the backward pass."""
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
@@ -9,3 +10,30 @@ def run(function, *inputs, recompute):
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
+
+
+def activation_bytes(forward, cells):
+    """What autograd keeps of `cells` latent pixels, from two small forward passes.
+
+    forward(side): the result of the trained networks for one latent of side x side. All but
+    weights and what is made of them grows with the number of pixels.
+    """
+    small, large = 16, 32
+    kept = [saved_bytes(lambda: forward(side)) for side in (small, large)]
+    return round((kept[1] - kept[0]) / (large**2 - small**2) * cells)
+
+
+def saved_bytes(function):
+    """Bytes of all the memory that autograd keeps for the backward pass of function()."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function()  # alive until all is counted, so that no memory is counted twice
+    total = sum(storages.values())
+    del result
+    return total

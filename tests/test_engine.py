@@ -219,3 +219,18 @@ def test_run_turns_a_mistake_into_one_sentence(error, capsys, monkeypatch):
         engine.run(main)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "error: Bad thing.\n"
+
+
+def test_activations_are_recomputed_where_they_would_not_fit(monkeypatch, capsys):
+    trained = [torch.zeros(1000)]  # 12 kB of gradients and moments
+    ranks = engine.Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(engine, "free_memory", lambda device: 112_000)
+
+    def decide(choice, needed=0):
+        return engine.recompute_activations(choice, trained, ranks, lambda: needed)
+
+    assert decide("on") and not decide("off", 10**9)
+    assert not decide("auto", 79_000) and decide("auto", 81_000)
+    assert "are recomputed" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert 2**28 < engine.free_memory(torch.device("cpu")) < 2**50

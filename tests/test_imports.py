@@ -46,8 +46,10 @@ def imported(path):
 def test_arrows(path):
     names = set(imported(path))
     part = path.parent.name if path.parent != ROOT else path.stem
-    assert not names & FORBIDDEN
-    assert not names & SCRIPTS, "scripts are not imported"
+    if path.relative_to(ROOT).as_posix() != "benchmarks/peer.py":  # what is compared with
+        assert not names & FORBIDDEN
+    if part != "benchmarks":
+        assert not names & SCRIPTS, "scripts are not imported"
     if path.relative_to(ROOT).as_posix() in COMMANDS:
         names.discard("engine")  # for engine.run
     if part in ALLOWED:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nets.recompute import activation_bytes
 from nets.unet import UNet
 from tests.fixtures.networks import small_network
 from tests.fixtures.weights import noise, relative_error
@@ -72,3 +73,10 @@ def test_defaults_are_stable_diffusion_2():
     assert sum(parameter.numel() for parameter in unet.parameters()) == 865_910_724
     assert unet.text_embedding.shape == (2, 1024)
     assert [unet.feature_channels(name) for name in ("down1", "down2", "mid")] == [320, 640, 1280]
+
+
+def test_activations_are_counted_from_small_passes():
+    layers = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.SiLU())
+    # Kept for each latent pixel: the convolution's 4 inputs and SiLU's 8, in float32.
+    found = activation_bytes(lambda side: layers(torch.zeros(1, 4, side, side)), cells=1000)
+    assert found == 1000 * 4 * (4 + 8)

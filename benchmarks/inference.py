@@ -1,0 +1,131 @@
+"""How long one prediction takes, beside the modules of diffusers, and where the time goes.
+
+    python -m benchmarks.inference [--size 480 640] [--precision bfloat16 float32]
+    python -m benchmarks.inference --miniature --profile
+
+Random weights of Stable Diffusion 2's size, the same image for all; the ways alternate, the figure
+is the median. The peer takes part where diffusers is installed (tests/requirements-reference.txt).
+"""
+
+import argparse
+import importlib.util
+import time
+
+import numpy as np
+import torch
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import engine
+from benchmarks.peer import peer
+from miniature import embedded
+from nets.depthmaster import DepthMaster
+
+# precision, the peer's layout: time over its, on a CPU of two cores with AMX.
+TARGETS = {("bfloat16", "channels_last"): 0.68, ("float32", "channels_last"): 0.87}
+TARGET_H200 = 11e-3  # seconds an image, bfloat16, batch 8, 480x640
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
+    add("--batch", type=int, default=1)
+    add("--precision", nargs="+", choices=["float32", "bfloat16", "float16"],
+        default=["bfloat16", "float32"])
+    add("--device", default="auto")
+    add("--runs", type=int, default=5)
+    add("--miniature", action="store_true", help="the embedded miniature, without a peer")
+    add("--compile", action="store_true", help="ours also with torch.compile on the U-Net")
+    add("--profile", action="store_true", help="where the time of ours goes")
+    return parser.parse_args()
+
+
+def ours(args, device, precision, compiled=False):
+    """A function image -> depth map."""
+    model = DepthMaster.from_file(embedded.TRAINED) if args.miniature else DepthMaster()
+    model.for_inference(device, precision)
+    if compiled:
+        model.unet.compile()
+    return torch.inference_mode()(model)
+
+
+def flops(args):
+    """Operations of one plain prediction, from shapes alone."""
+    config = DepthMaster.from_file(embedded.TRAINED).config if args.miniature else {}
+    with torch.device("meta"):
+        model = DepthMaster(**config)
+        image = torch.empty(args.batch, 3, *args.size)
+    with FlopCounterMode(display=False) as counter:
+        latent, _ = model.unet(model.vae.encode(image))
+        model.vae.decode(latent)
+    return counter.get_total_flops()
+
+
+def timed(function, image):
+    """Seconds of one call; on a GPU from events on its own clock."""
+    if image.device.type != "cuda":
+        started = time.perf_counter()
+        function(image)
+        return time.perf_counter() - started
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    function(image)
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
+def alternate(ways, image, runs):
+    """{name: seconds of each run}, after a run each to warm up."""
+    for way in ways.values():
+        way(image)
+    seconds = {name: [] for name in ways}
+    for _ in range(runs):
+        for name, way in ways.items():
+            seconds[name].append(timed(way, image))
+    return seconds
+
+
+def print_profile(way, image):
+    """The operations that take longest."""
+    with profile() as recorded:
+        way(image)
+    order = "self_cuda_time_total" if image.device.type == "cuda" else "self_cpu_time_total"
+    print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+
+
+def main():
+    args = options()
+    device = engine.start(args.device).device
+    image = torch.rand(args.batch, 3, *args.size, device=device) * 2 - 1
+    counted = flops(args)
+    print(f"{torch.get_num_threads()} threads of the CPU" if device.type == "cpu" else
+          torch.cuda.get_device_name(device), f"torch {torch.__version__}, {args.batch} of "
+          f"{args.size[0]}x{args.size[1]}, {counted / 1e12:.2f} TFLOP unfolded", sep=", ")
+    for precision in args.precision:
+        ways = {"ours": ours(args, device, precision)}
+        if args.compile:
+            ways["ours, compiled"] = ours(args, device, precision, compiled=True)
+        if importlib.util.find_spec("diffusers") and not args.miniature:
+            dtype = getattr(torch, precision)
+            ways["diffusers, channels_last"] = peer(device, dtype, torch.channels_last)
+            ways["diffusers"] = peer(device, dtype, torch.contiguous_format)
+        seconds = alternate(ways, image, args.runs)
+        print(f"\n| {precision} | median s | 10 % | 90 % | TFLOP/s | ours over it | target |")
+        print("|---|---|---|---|---|---|---|")
+        for name, values in seconds.items():
+            low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
+            ratio = np.median(np.divide(seconds["ours"], values))
+            target = TARGETS.get((precision, name.removeprefix("diffusers, ")), "")
+            if name == "ours" and device.type == "cuda":
+                target = f"{TARGET_H200 * args.batch:.3f} s on an H200"
+            print(f"| {name} | {median:.4g} | {low:.4g} | {high:.4g} "
+                  f"| {counted / median / 1e12:.3f} | {ratio:.2f} | {target} |", flush=True)
+        if args.profile:
+            print_profile(ways["ours"], image)
+
+
+if __name__ == "__main__":
+    engine.run(main)
