@@ -174,10 +174,13 @@ def tone_map(color, on_object):
 
 
 def exposure(color, on_object):
-    """The factor on linear colour that brings its 90th percentile on objects to 0.8^2.2."""
+    """The factor on linear colour that brings its 90th percentile on objects to 0.8^2.2.
+
+    An overflow (inf) counts as bright, as in Hypersim's own tool; NaN counts as nothing.
+    """
     red, green, blue = np.moveaxis(color[on_object].astype(np.float32), -1, 0)
     brightness = 0.3 * red + 0.59 * green + 0.11 * blue
-    brightness = brightness[np.isfinite(brightness)]
+    brightness = brightness[~np.isnan(brightness)]
     if brightness.size == 0:
         return 1.0
     bright = float(np.percentile(brightness, 90))

@@ -24,11 +24,11 @@ def teacher_image(image):
     """The encoder's view of images B,3,H,W in [-1,1]: ImageNet-normalised, 7/8 of the size.
 
     480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image's (other sizes:
-    rounded down to whole patches); bicubic without antialias.
+    rounded down to whole patches, at least one); bicubic without antialias.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
-    size = [side // 16 * 14 for side in image.shape[2:]]
+    size = [max(side // 16, 1) * 14 for side in image.shape[2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
 
 

@@ -4,6 +4,8 @@ config.json is diffusers' or transformers'; shapes tell all but the number of he
 each) and of groups (32).
 """
 
+import math
+
 from nets.layouts import count
 
 # Our constructors' keywords and what config.json calls them; tables that are read both ways, too.
@@ -24,7 +26,8 @@ SETTINGS = {
 # What the networks here have built in: another value in config.json is another network.
 FIXED = {
     "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
-             "downsample_padding": 1, "center_input_sample": False, "mid_block_scale_factor": 1},
+             "downsample_padding": 1, "center_input_sample": False, "mid_block_scale_factor": 1,
+             "num_attention_heads": None, "resnet_time_scale_shift": "default"},
     "vae": {"act_fn": "silu"},
     "text": {"hidden_act": "gelu", "layer_norm_eps": 1e-5},
     "dinov2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "mlp_ratio": 4},
@@ -37,12 +40,18 @@ def sizes(net, shapes, settings):
     shapes: {our name: shape}; settings: content of config.json, or empty. KeyError with the name
     of a tensor that would have told, ValueError where config.json describes another network.
     """
+    if not isinstance(settings, dict):
+        raise ValueError("config.json is not a table of settings: download it again.")
     for key, value in FIXED[net].items():
         if settings.get(key, value) != value:
             raise ValueError(f"config.json says {key} = {settings[key]}, but the network that is "
                              f"built here has {value}: it is another model's.")
     given = {ours: settings[theirs] for ours, theirs in SETTINGS[net].items()
              if settings.get(theirs) is not None}
+    for name, value in given.items():
+        if not is_size(name, value):
+            raise ValueError(f"config.json says {SETTINGS[net][name]} = {value}, which can't be: "
+                             "download it again.")
     if net == "unet" and "down_block_types" in settings:
         given["attention"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
     measure = {"unet": unet_sizes, "vae": vae_sizes, "text": text_sizes, "dinov2": dinov2_sizes}
@@ -54,7 +63,26 @@ def sizes(net, shapes, settings):
         check_levels(found["channels"], found["heads"], found["attention"])
     elif net != "vae":
         found["heads"] = found.get("heads") or head_count(found["width"])
+        if found["width"] % found["heads"]:
+            raise ValueError(f"a width of {found['width']} can't have {found['heads']} heads: "
+                             "config.json is of another model.")
+    if any(width % found["groups"] for width in found.get("channels", ())):
+        raise ValueError(f"the widths {found['channels']} are no multiples of {found['groups']} "
+                         "groups: config.json is missing beside the weights, or of another model.")
     return found
+
+
+def is_size(name, value):
+    """Whether a setting can be one of our constructors' keywords of this name."""
+    if name == "swiglu":
+        return isinstance(value, bool)
+    if name == "scaling_factor":
+        return type(value) in (int, float) and 0 < value < math.inf
+    listed = {"channels": (True,), "heads": (True, False)}.get(name, (False,))
+    values = value if isinstance(value, list) else [value]
+    limit = 256 if name in ("layers", "depth") else 100_000  # what a network could have
+    return isinstance(value, list) in listed and 0 < len(values) <= 32 and all(
+        type(part) is int and 0 < part <= limit for part in values)
 
 
 def check_levels(channels, heads, attention):

@@ -72,6 +72,7 @@ def test_teacher_image_size_and_colour():
 def test_teacher_image_of_other_sizes_has_whole_patches():
     assert teacher_image(torch.zeros(1, 3, 352, 1216)).shape[2:] == (308, 1064)
     assert teacher_image(torch.zeros(1, 3, 100, 130)).shape[2:] == (84, 112)
+    assert teacher_image(torch.zeros(1, 3, 9, 9)).shape[2:] == (14, 14)
 
 
 def test_tokens_are_resized_as_a_map():

@@ -169,6 +169,17 @@ def test_tone_map_of_broken_pixels():
     assert np.array_equal(mapped, same)
 
 
+def test_tone_map_against_the_formula_with_overflown_pixels():
+    color, _, entity = scene_arrays()
+    color[0, :20] = np.inf
+    linear, m = color.astype(np.float32), entity > 0
+    b = linear @ np.array([0.3, 0.59, 0.11], np.float32)
+    p, without = np.percentile(b[m], 90), np.percentile(b[m & np.isfinite(b)], 90)
+    assert not np.isclose(p, without, rtol=1e-4)
+    expected = (np.clip((0.8**2.2 / p * linear) ** (1 / 2.2), 0, 1) * 255).astype(np.uint8)
+    assert (tone_map(color, m) != expected).mean() < 1e-3  # rounding at the steps of 8 bits
+
+
 # ---- the raw reader ----
 
 
