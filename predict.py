@@ -47,7 +47,10 @@ def options():
     add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
         "follow each other (8 on CUDA, else 1)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.processing_res is not None and args.processing_res < 0:
+        parser.error(f"--processing-res is {args.processing_res}, but must be 0 or more")
+    return args
 
 
 def find_pictures(inputs, out):

@@ -94,7 +94,8 @@ class Stage1(nn.Module):
 
 def options():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="%(prog)s [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 1").add_argument
     add("--sd2", type=Path, help="weights to start from (weights/sd2.safetensors)")
     # Deviation: DINOv2 by default, not Depth-Anything-V2's encoder.
@@ -111,6 +112,8 @@ def options():
     add_data_options(parser)
     engine.add_training_options(parser, steps=20_000, lr=3e-5)
     args = parser.parse_args()
+    if not args.align_weight >= 0:
+        parser.error(f"--align-weight is {args.align_weight}, but must be 0 or more")
     if not (args.data or args.vkitti or args.sd2):
         parser.set_defaults(**embedded.STAGE1)  # minutes, not days
         args = parser.parse_args()

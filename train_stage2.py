@@ -62,7 +62,8 @@ class Stage2(nn.Module):
 
 def options():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        usage="%(prog)s [options]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 2").add_argument
     add("--ckpt", type=Path, help="stage 1's model (runs/stage1/model.safetensors), or "
         "weights/sd2.safetensors to train in one stage")
@@ -75,6 +76,8 @@ def options():
     add_data_options(parser)
     engine.add_training_options(parser, steps=10_000, lr=3e-6)
     args = parser.parse_args()
+    if not (args.pixel_weight >= 0 and args.gradient_weight >= 0):
+        parser.error("--pixel-weight and --gradient-weight must be 0 or more")
     if not (args.data or args.vkitti):
         parser.set_defaults(**embedded.STAGE2)  # minutes, not days
         args = parser.parse_args()

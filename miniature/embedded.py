@@ -39,6 +39,8 @@ def training_data(data, vkitti):
     for folder in (data, vkitti):
         if folder and not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give the root of a data set.")
+    if data and not vkitti:
+        engine.say("No --vkitti: every sample comes from --data.")
     if data or vkitti:
         return data, vkitti
     engine.say(f"No --data: training on the embedded scenes in {SCENES}.")

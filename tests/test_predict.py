@@ -59,6 +59,11 @@ def files_in(folder):
             for path in Path(folder).rglob("*") if path.is_file()}
 
 
+def test_a_size_below_zero_is_a_wrong_option(tmp_path, ckpt, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--processing-res", -5) == 2
+    assert "--processing-res is -5, but must be 0 or more" in capsys.readouterr().err
+
+
 def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
     inputs, out = tmp_path / "in", tmp_path / "out"
     (inputs / "deep" / "er").mkdir(parents=True)

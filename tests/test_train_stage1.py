@@ -14,6 +14,7 @@ import torch
 import train_stage1
 from losses.alignment import feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import latent_loss
+from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from tests.small_runs import SHORT, files, interrupt, losses_of, run
@@ -249,6 +250,21 @@ def test_a_count_of_zero_is_a_wrong_option(files, tmp_path, monkeypatch, option,
         train(monkeypatch, files, tmp_path, option, 0)
     assert stopped.value.code == 2
     assert "above 0, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight", ["-1", "nan"])
+def test_a_weight_below_zero_is_a_wrong_option(files, tmp_path, monkeypatch, weight, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, files, tmp_path, "--align-weight", weight)
+    assert stopped.value.code == 2
+    assert "must be 0 or more" in capsys.readouterr().err
+
+
+def test_data_without_virtual_kitti_is_told(files, tmp_path, capsys):
+    assert embedded.training_data(tmp_path, None) == (tmp_path, None)
+    assert "No --vkitti: every sample comes from --data" in capsys.readouterr().err
+    embedded.training_data(tmp_path, tmp_path)
+    assert not capsys.readouterr().err
 
 
 def test_real_data_without_weights_says_the_way_out(tmp_path, monkeypatch):

@@ -186,6 +186,14 @@ def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("option", ["--pixel-weight", "--gradient-weight"])
+def test_a_weight_below_zero_is_a_wrong_option(files, tmp_path, monkeypatch, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, files, tmp_path, option, -1)
+    assert stopped.value.code == 2
+    assert "must be 0 or more" in capsys.readouterr().err
+
+
 def test_preflight_looks_and_trains_nothing(files, tmp_path, monkeypatch, capsys):
     shutil.copytree(files / "pairs", tmp_path / "pairs")
     options = ["--preflight", "--data", tmp_path / "pairs"]
