@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 SCENE, CAMERA = r"ai_\d{3}_\d{3}", r"cam_\d{2}"
 # Frames on the lists that the field trains and tests on (Ke et al., Marigold).
 PUBLISHED_COUNTS = {"train": 53_885, "val": 7_370, "test": 7_682}
-# Marigold's thresholds for training frames.
+# Deviation: Marigold's thresholds for training frames, not lists of files.
 MIN_DEPTH_RANGE_M, MIN_RGB_RANGE, MAX_NO_OBJECT_SHARE = 0.5, 10, 0.03
 
 

@@ -11,8 +11,8 @@ from hypersim_files import (
     write_frame, write_hdf5, write_split_csv,
 )
 
-from data.files import read_hdf5
-from data.hypersim import Hypersim, ProcessedHypersim, tone_map
+from data.files import read_hdf5, read_table
+from data.hypersim import SPLIT_CSV, Hypersim, ProcessedHypersim, tone_map
 from data.hypersim_geometry import planar_depth, planar_per_distance, read_cameras
 from data.transforms import BadSample, FilteredSample
 
@@ -107,6 +107,18 @@ def test_real_frame_differs_from_the_constant_focal_length(real_frame):
     assert (round(error_m.min(), 2), round(error_m.max(), 2)) == (-0.24, 0.38)
     per_cent = 100 * error_m / exact_m
     assert (round(per_cent.min(), 1), round(per_cent.max(), 1)) == (-5.0, 5.7)
+
+
+def test_real_scenes_differ_from_the_constant_focal_length():
+    """The counts that the README states."""
+    if not SAMPLES.exists():
+        pytest.skip("the real tables are not here")
+    train = {row["scene_name"] for row in read_table(SAMPLES / SPLIT_CSV)
+             if row["split_partition_name"] == "train"}
+    constant = planar_per_distance(768, 1024)
+    error = np.array([np.abs(constant / planar_per_distance(768, 1024, camera) - 1).max()
+                      for scene, camera in read_cameras(SAMPLES).items() if scene in train])
+    assert (len(error), (error > 0.01).sum(), (error > 0.05).sum()) == (365, 114, 18)
 
 
 def test_real_tables():
