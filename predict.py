@@ -43,7 +43,7 @@ def options():
     add("--processing-res", type=int, metavar="PIXELS",
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="auto: bfloat16 where it is fast (GPUs, CPUs with AMX), else float32")
+        help="auto: bfloat16 where it is fast (GPUs, some CPUs), else float32")
     add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
         "follow each other (8 on CUDA, else 1)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")

@@ -173,8 +173,8 @@ class DepthMaster(nn.Module):
 def inference_dtype(device="cpu", precision="auto"):
     """torch's type for `auto`, `float32`, `bfloat16` or `float16`.
 
-    auto: bfloat16 where the device computes faster in it (a GPU that has it, a CPU with AMX); on
-    older GPUs float16; else float32.
+    auto: bfloat16 where the device computes faster in it (a GPU that has it, a CPU with AMX or
+    AVX512-BF16); on older GPUs float16; else float32.
     """
     kind = torch.device(device).type
     if precision == "auto" and kind == "cuda":
@@ -182,7 +182,8 @@ def inference_dtype(device="cpu", precision="auto"):
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bfloat16" if fast else "float16"
     elif precision == "auto":
-        fast = kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = kind == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                  or torch.cpu._is_avx512_bf16_supported())
         precision = "bfloat16" if fast else "float32"
     return getattr(torch, precision)
 

@@ -124,7 +124,7 @@ def test_a_model_is_scored_at_the_asked_resolution(world, ckpt, monkeypatch, cap
     assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root/pairs", "--datasets", "pairs",
                 "--processing-res", 32, "--limit", 2, "--align", "depth",
                 "--out", world / "out") == 0
-    model = DepthMaster.from_file(ckpt).for_inference()
+    model = DepthMaster.from_file(ckpt).for_inference(precision="float32")
     expected = []
     for number, name in enumerate(["a", "deep/b"]):
         pred = model.predict(photo(*SIZES[name], seed=number), 32)
@@ -154,7 +154,7 @@ def test_paradigms(paradigm, world, ckpt, monkeypatch, capsys):
     assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--datasets", "pairs",
                 "--paradigm", paradigm, "--out", world / "out") == 0
     steps = (4, 3, 2, 1) if paradigm == "iterative" else (1,)
-    model = DepthMaster.from_file(ckpt).for_inference(timesteps=steps)
+    model = DepthMaster.from_file(ckpt).for_inference(precision="float32", timesteps=steps)
     expected = []
     for number, name in enumerate(sorted(SIZES)):
         depth_m, valid = truth(world, name)

@@ -23,6 +23,9 @@ TINY = dict(vae=dict(channels=(8, 8, 8, 8), layers=1, groups=4),
                       text_width=8, groups=4), train_size=(48, 64), processing_res=64)
 
 
+FLOAT32 = ("--precision", "float32")  # not what is fast on the machine at hand
+
+
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
@@ -73,7 +76,7 @@ def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
     (inputs / "deep" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     (inputs / "notes.txt").write_text("no picture, not read")
     (inputs / "._a.png").write_bytes(b"what macOS puts beside a.png, not read")
-    assert call(monkeypatch, inputs, "--ckpt", ckpt, "--out", out) == 1
+    assert call(monkeypatch, inputs, "--ckpt", ckpt, "--out", out, *FLOAT32) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "broken.jpg" in printed.err and "error: 1 of 3 pictures" in printed.err
@@ -82,7 +85,7 @@ def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
                                   for ending in (".npy", ".png", "_color.png")}
 
     near = np.load(out / "a.npy")
-    expected = DepthMaster.from_file(ckpt).for_inference().predict(image)
+    expected = DepthMaster.from_file(ckpt).for_inference(precision="float32").predict(image)
     assert near.dtype == np.float32 and near.shape == (40, 56)
     np.testing.assert_array_equal(near, expected)
     assert 0 <= near.min() < near.max() <= 1
@@ -207,9 +210,10 @@ def test_models_of_another_target_are_converted_and_say_so(tmp_path, monkeypatch
     ckpt = save_tiny(tmp_path / "depth.safetensors", target="depth")
     image = photo(24, 32)
     iio.imwrite(tmp_path / "a.png", image)
-    assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out") == 0
+    assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out",
+                *FLOAT32) == 0
     assert "predicts depth: converted" in capsys.readouterr().err
-    depth = DepthMaster.from_file(ckpt).for_inference().predict(image)
+    depth = DepthMaster.from_file(ckpt).for_inference(precision="float32").predict(image)
     near = np.load(tmp_path / "out" / "a.npy")
     assert near.dtype == np.float32
     np.testing.assert_allclose(near, predict.to_sqrt_disparity(depth, "depth"), atol=1e-7)
