@@ -1,11 +1,11 @@
 """Does stage 2 sharpen? In miniature, against as many more minutes of stage 1, over several seeds.
 
-    python -m benchmarks.stage2 [--stage1 MODEL] [--scenes FOLDER]
+    python -m miniature.render runs/scenes --train 4000 --val 96 --streets-train 300
+    python -m benchmarks.stage2
 
-Every arm starts from the same converged stage 1 (runs/miniature/stage1/model.safetensors) and
-trains for --minutes on one core (two arms at a time); its number of steps comes from its speed in a
-short trial. Scores on the held-out frames; intervals are Student's t at 95 % over the seeds.
-`make miniature` leaves the files that it needs.
+Every arm starts from the same converged stage 1 (weights/miniature.safetensors) and trains for
+--minutes on one core (two arms at a time); its number of steps comes from its speed in a short
+trial. Scores on the held-out frames; intervals are Student's t at 95 % over the seeds.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def arms(args):
     return {
         "stage 1 for as long (control)": [
             "train_stage1.py", "--sd2", args.stage1, "--dinov2",
-            "weights/miniature_dinov2.safetensors", "--lr", args.control_lr, "--cache", args.cache],
+            "weights/miniature_dinov2.safetensors", "--lr", args.control_lr],
         "stage 2": stage2,
         "stage 2, identity init": [*stage2, "--fourier-init", "identity"],
         "stage 2, no Fourier block": [*stage2, "--fourier", "off"],
@@ -94,9 +94,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage1", type=Path, default=Path("runs/miniature/stage1/model.safetensors"))
+    add("--stage1", type=Path, default=Path("weights/miniature.safetensors"))
     add("--scenes", type=Path, default=Path("runs/scenes"))
-    add("--cache", type=Path, default=Path("runs/cache"), help="of the control")
     add("--minutes", type=float, default=8, help="per arm and seed (%(default)s)")
     add("--seeds", type=int, default=3, choices=range(1, 7))
     add("--lr", type=float, default=1e-4, help="of stage 2 (%(default)s)")
