@@ -29,16 +29,10 @@ from data.chunks import preflight
 from data.results import Journal, prepare, write_metrics
 from data.transforms import normalise_target
 from extras.compare import compare
-from extras.report import PUBLISHED, save_pictures, write_report
+from extras.report import PUBLISHED, has_pictures, save_pictures, write_report
+from extras.table import table
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster, inference_dtype
-
-COLUMNS = {  # score: heading, factor and digits of what is printed
-    "abs_rel": ("AbsRel", 100, 2), "delta1": ("d1", 100, 2), "delta2": ("d2", 100, 2),
-    "delta3": ("d3", 100, 2), "sq_rel": ("SqRel", 1, 3), "rmse": ("RMSE", 1, 3),
-    "rmse_log": ("RMSElog", 1, 3), "log10": ("log10", 1, 4), "irmse": ("iRMSE", 1, 4),
-    "silog": ("SILog", 1, 2), "boundary_f1": ("F1", 100, 2),
-}
 
 # Table II's rows: time steps of the passes; i2l has none, there the autoencoder gets the truth.
 PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": ()}
@@ -60,6 +54,7 @@ def options():
     add("--depth-scale", type=float, default=1000.0, help="of 16-bit pairs, per metre (1000)")
     add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
+    add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
     add("--batch", type=engine.positive, help="images of one size predicted at once (8 on CUDA, "
         "else 1)")
     add("--workers", type=int, default=2, help="processes that read ahead (%(default)s)")
@@ -87,7 +82,7 @@ def options():
     return args
 
 
-def open_sets(root, names, depth_scale, vkitti_crop):
+def open_sets(root, names, depth_scale, vkitti_crop, hypersim_split):
     """[(name, reader)], opened before anything is computed; the miniature's scenes are rendered."""
     if root is None:
         others = [name for name in names or () if name != "miniature"]
@@ -103,7 +98,8 @@ def open_sets(root, names, depth_scale, vkitti_crop):
         engine.wait()
         inside = embedded.SCENES if name == "miniature" else root
         folder = locate(name, inside, alone=len(names) == 1)
-        sets.append((name, open_benchmark(name, folder, depth_scale, vkitti_crop)))
+        sets.append((name, open_benchmark(name, folder, depth_scale, vkitti_crop,
+                                          hypersim_split)))
     return sets
 
 
@@ -148,22 +144,24 @@ def as_row(image):
             *(value for scores in others for value in scores.values())]
 
 
-def score_set(name, reader, count, score, batch, journal, ranks):
-    """Scores those of a set's first `count` images that the journal lacks, this rank's share.
+def score_set(name, reader, limit, score, batch, done, journal, ranks):
+    """Scores those of a set's first `limit` images that are not done yet, this rank's share.
 
-    score(chunks) -> ImageScores; batch: images in a chunk.
+    score(chunks) -> ImageScores; batch: images in a chunk; done: the names of the set's images of
+    which nothing is needed any more.
     """
+    count = len(range(len(reader))[:limit])
     # What is predicted together does not depend on what was done before an interruption.
     chunks = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
-    done = {index for index in range(count) if (name, reader.name(index)) in journal.rows}
-    todo = [chunk for chunk in chunks[ranks.rank::ranks.world] if not done.issuperset(chunk)]
-    left = sum(index not in done for chunk in todo for index in chunk)
+    missing = {index for index in range(count) if reader.name(index) not in done}
+    todo = [chunk for chunk in chunks[ranks.rank::ranks.world] if not missing.isdisjoint(chunk)]
+    left = sum(index in missing for chunk in todo for index in chunk)
     with tqdm(desc=name, total=left, unit="image", dynamic_ncols=True,
               disable=not ranks.first) as bar:
         for image in score(chunks=todo):
             if (name, image.image) not in journal.rows:
                 journal.add(name, image.image, as_row(image))
-                bar.update()
+            bar.update(image.image not in done)
 
 
 def say_skipped(name):
@@ -171,15 +169,17 @@ def say_skipped(name):
     return lambda image, reason: tqdm.write(f"skipped {name}/{image}: {reason}", file=sys.stderr)
 
 
-def summarise(rows, spaces):
+def summarise(rows, spaces, reader, limit):
     """Rows of the journal -> what metrics.json says of a set's images."""
-    def mean(prefix):
-        return metrics.mean_scores([{score: float(row[prefix + score]) for score in metrics.SCORES}
-                                    for row in rows])
+    def found(space, prefix=""):
+        unfitted = sum(space in row["unfitted"].split() for row in rows)
+        scores = [{name: float(row[prefix + name]) for name in metrics.SCORES} for row in rows]
+        return dict(unfitted=unfitted, **metrics.mean_scores(scores))
 
-    unfitted = {space: sum(space in row["unfitted"].split() for row in rows) for space in spaces}
-    return dict(f1_resolution=describe_sizes(rows), unfitted=unfitted[spaces[0]], **mean(""),
-                other_alignments={space: mean(f"{space}:") for space in spaces[1:]})
+    return dict(images=len(rows), expected_images=reader.expected, limit=limit,
+                skipped=len(range(len(reader))[:limit]) - len(rows),
+                f1_resolution=describe_sizes(rows), **found(spaces[0]),
+                other_alignments={space: found(space, f"{space}:") for space in spaces[1:]})
 
 
 def describe_sizes(rows):
@@ -187,58 +187,6 @@ def describe_sizes(rows):
     sizes = sorted({(int(row["height"]), int(row["width"])) for row in rows})
     found = [f"{height}x{width}" for height, width in sizes]
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)} sizes)"
-
-
-def table_row(name, images, align, scores, f1_resolution=""):
-    """One line of the table; a score that is not there is a dash."""
-    line = f"{name:<10}{images:>13}  {align:<15}"
-    for key, (head, factor, digits) in COLUMNS.items():
-        number = f"{scores[key] * factor:.{digits}f}" if key in scores else "-"
-        line += f"{number:>{max(len(head), 6) + 1}}"
-    return line + f1_resolution
-
-
-def print_table(results):
-    """The scores, the published ones, and how they were computed, on standard output."""
-    heads = "".join(f"{head:>{max(len(head), 6) + 1}}" for head, _, _ in COLUMNS.values())
-    print(f"{'set':<10}{'images':>13}  {'aligned in':<15}{heads} at size")
-    for name, result in results.items():
-        count, resolution = describe_count(result), f" at {result['f1_resolution']}"
-        print(table_row(name, count, result["align"], result, resolution))
-        for space, scores in result["other_alignments"].items():
-            print(table_row("", "", space, scores, resolution))
-        if BENCHMARKS[name].published:
-            print(table_row("", "", "(published)", BENCHMARKS[name].published))
-    print("\nAbsRel, d1-d3 and F1 in per cent, SqRel and RMSE in m, iRMSE in 1/m; (published): the "
-          "paper's DepthMaster.\nScale and shift by least squares in float64 at the truth's size. "
-          "F1 is not comparable across resolutions.")
-    for name, result in results.items():
-        print(f"{name}: " + "; ".join(describe(result)) + ".")
-
-
-def describe_count(result):
-    count, expected = result["images"], result["expected_images"]
-    return str(count) if expected is None else f"{count} of {expected}"
-
-
-def describe(result):
-    """How a set was scored, as phrases."""
-    yield f"{describe_count(result)} images"
-    if result["limit"]:
-        yield f"only the first {result['limit']} were asked for (--limit)"
-    if result["unfitted"]:
-        yield (f"{result['unfitted']} predictions could not fix scale and shift and count as the "
-               "flat map at the truth's mean")
-    if result["skipped"]:
-        yield f"{result['skipped']} could not be used and were left out (--skip-bad)"
-    if result["processing_res"] is None:
-        yield "saved predictions"
-    else:
-        longest = result["processing_res"]
-        yield f"processed at {f'{longest} px (longest side)' if longest else 'the native size'}"
-        yield f"precision {result['precision']}"
-        yield f"paradigm {result['paradigm']}"
-    yield f"negative disparities: {result['align_negative']}; F1 mask: {result['f1_mask']}"
 
 
 def say_defaults(ckpt, predictions, data):
@@ -273,7 +221,8 @@ def open_journal(out, settings, names, keys, ranks):
 
 def decisive(options, source):
     """What rows depend on: of the options (a dict) these, and the source, as plain types."""
-    names = ["data", "align", "align_negative", "f1_mask", "depth_scale", "vkitti_crop"]
+    names = ["data", "align", "align_negative", "f1_mask", "depth_scale", "vkitti_crop",
+             "hypersim_split"]
     if not options["predictions"]:
         names += ["precision", "paradigm", "processing_res", "batch"]
     return source | {name: str(options[name]) for name in names}
@@ -299,13 +248,67 @@ def check_data(sets, workers):
         raise ValueError(f"{bad} images can't be used: they are listed above.")
 
 
+def open_predictor(name, model, processing_res, paradigm, saved, alone):
+    """(samples -> predictions, longest side while predicting: None for saved ones) for a set.
+
+    model: None, or what predicts; else the predictions lie in the folder `saved`.
+    """
+    if model is None:
+        return saved_predictor(locate(name, saved, alone)), None
+    choices = (processing_res, BENCHMARKS[name].processing_res, model.processing_res)
+    longest = next(choice for choice in choices if choice is not None)
+    return model_predictor(model, longest, paradigm), longest
+
+
+def open_scorer(name, reader, predict, spaces, options):
+    """What `score_set` calls: metrics.evaluate_dataset with these options (a dict)."""
+    return partial(
+        metrics.evaluate_dataset, predict, reader, spaces, BENCHMARKS[name].min_depth,
+        BENCHMARKS[name].max_depth, options["align_negative"], options["f1_mask"],
+        workers=options["workers"], on_bad=say_skipped(name) if options["skip_bad"] else None,
+        look=partial(save_pictures, options["out"], name) if options["report"] else None)
+
+
+def protocol(options, model):
+    """What metrics.json says of how every set was scored; options: a dict."""
+    dtype = model and str(model.dtype).removeprefix("torch.")
+    return dict(precision=dtype, paradigm=options["paradigm"] if model else None,
+                **{name: options[name] for name in ("align", "align_negative", "f1_mask")})
+
+
+def images_done(name, journal, out, report):
+    """Names of a set's images that have their row and, for a report, their pictures."""
+    images = {image for dataset, image in journal.rows if dataset == name}
+    return {image for image in images if not report or has_pictures(out, name, image)}
+
+
+def merged_rows(name, journal, keys):
+    """The rows of a set, once every rank's are there. ValueError if there is none."""
+    journal.merge(keys)
+    rows = [row for key, row in journal.rows.items() if key[0] == name]
+    if not rows:
+        asked = sum(key[0] == name for key in keys)
+        raise ValueError(f"none of the {asked} images of {name} could be scored.")
+    return rows
+
+
+def tell(results, out, report):
+    """Prints the table on standard output and writes the report."""
+    print("\n".join(table(results)))
+    engine.say(f"Written: {out / 'metrics.json'} and {out / 'per_image.csv'}.")
+    if report:
+        write_report(out)
+        engine.say(f"The report: {out / 'report.html'}.")
+
+
 def main():
     args = options()
     if args.compare:
         return print(compare(args.compare, PUBLISHED))
+    opened = partial(open_sets, args.data, args.datasets, args.depth_scale, args.vkitti_crop,
+                     args.hypersim_split)
     if args.preflight:
-        return check_data(open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop),
-                          args.workers)
+        return check_data(opened(), args.workers)
     ranks = engine.start("cpu" if args.predictions else args.device)
     say_defaults(args.ckpt, args.predictions, args.data)
     ckpt = args.ckpt or embedded.TRAINED
@@ -315,45 +318,27 @@ def main():
     args.batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
     args.align = args.align or (model.target if model else "sqrt_disparity")
     spaces = [args.align, *(s for s in metrics.SPACES if s != args.align and not model)]
-    sets = open_sets(args.data, args.datasets, args.depth_scale, args.vkitti_crop)
-    asked = {name: min(len(reader), args.limit or len(reader)) for name, reader in sets}
-    keys = [(name, reader.name(index)) for name, reader in sets for index in range(asked[name])]
+    sets = opened()
+    keys = [(name, reader.name(index)) for name, reader in sets
+            for index in range(len(reader))[:args.limit]]
     source = state_of_weights(ckpt) if model else state_of_predictions(args.predictions, keys)
     journal = open_journal(args.out, decisive(vars(args), source), columns(spaces), keys, ranks)
-    about = dict(limit=args.limit, align=args.align, align_negative=args.align_negative,
-                 f1_mask=args.f1_mask, paradigm=args.paradigm if model else None,
-                 precision=model and str(model.dtype).removeprefix("torch."))
     results = {}
     for name, reader in sets:
-        benchmark, longest = BENCHMARKS[name], None
-        if model:
-            choices = (args.processing_res, benchmark.processing_res, model.processing_res)
-            longest = next(choice for choice in choices if choice is not None)
-            predict = model_predictor(model, longest, args.paradigm)
-        else:
-            predict = saved_predictor(locate(name, args.predictions, len(sets) == 1))
-        score = partial(metrics.evaluate_dataset, predict, reader, spaces, benchmark.min_depth,
-                        benchmark.max_depth, args.align_negative, args.f1_mask,
-                        workers=args.workers, on_bad=say_skipped(name) if args.skip_bad else None,
-                        look=partial(save_pictures, args.out, name) if args.report else None)
-        score_set(name, reader, asked[name], score, args.batch, journal, ranks)
+        predict, longest = open_predictor(name, model, args.processing_res, args.paradigm,
+                                          args.predictions, alone=len(sets) == 1)
+        score = open_scorer(name, reader, predict, spaces, vars(args))
+        done = images_done(name, journal, args.out, args.report)
+        score_set(name, reader, args.limit, score, args.batch, done, journal, ranks)
         engine.wait()
         if ranks.first:
-            journal.merge(keys)
-            rows = [row for key, row in journal.rows.items() if key[0] == name]
-            if not rows:
-                raise ValueError(f"none of the {asked[name]} images of {name} could be scored.")
-            results[name] = dict(images=len(rows), expected_images=reader.expected,
-                                 skipped=asked[name] - len(rows), processing_res=longest, **about,
-                                 **summarise(rows, spaces))
+            rows = merged_rows(name, journal, keys)
+            results[name] = dict(summarise(rows, spaces, reader, args.limit),
+                                 processing_res=longest, **protocol(vars(args), model))
             write_metrics(args.out, results)  # after each set: a later one may fail
         engine.wait()  # the ranks' files are gone before the next set's rows are written
     if ranks.first:
-        print_table(results)
-        engine.say(f"Written: {args.out / 'metrics.json'} and {args.out / 'per_image.csv'}.")
-        if args.report:
-            write_report(args.out)
-            engine.say(f"The report: {args.out / 'report.html'}.")
+        tell(results, args.out, args.report)
     engine.stop()
 
 

@@ -55,12 +55,14 @@ def align_if_possible(pred, depth_m, valid, space, negative="clamp"):
         scale, shift = 0.0, to_target_space(depth_m[valid].double(), space).mean().item()
     else:
         scale, shift = fit
-    aligned = pred.to(torch.float64, copy=True).mul_(scale).add_(shift)
-    if space == "sqrt_disparity":
-        # Deviation: clamped by default, not squared.
-        aligned = (aligned.clamp_(min=0) if negative == "clamp" else aligned).square_()
-    if space != "depth":
-        aligned = aligned.clamp_(min=MIN_DISPARITY).reciprocal_()
+    aligned = pred.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    for (block,) in _blocks(aligned):  # views of it
+        block.mul_(scale).add_(shift)
+        if space == "sqrt_disparity":
+            # Deviation: clamped by default, not squared.
+            (block.clamp_(min=0) if negative == "clamp" else block).square_()
+        if space != "depth":
+            block.clamp_(min=MIN_DISPARITY).reciprocal_()
     return aligned, fit is not None
 
 
@@ -88,6 +90,8 @@ def fit_scale_shift(pred, depth_m, valid, space):
     if sum_pp == 0:  # all have the value of the first
         return None
     scale = (sum_pt - sum_p * sum_t / count) / (sum_pp - sum_p * sum_p / count)
+    if not math.isfinite(scale):  # of values so large that their squares are no numbers
+        return None
     origin_p, origin_t = (value.item() for value in origin)
     return scale, origin_t + sum_t / count - scale * (origin_p + sum_p / count)
 
@@ -112,7 +116,7 @@ def pixel_scores(pred_m, depth_m, valid=None):
     valid = torch.ones_like(depth_m, dtype=torch.bool) if valid is None else valid
     sums = sum(_sums(*block) for block in _blocks(pred_m, depth_m, valid)).tolist()
     count, invalid = sums[-1], valid.numel() - sums[-1]
-    (relative, relative_square, square, inverse_square, log, log_absolute, log_square
+    (relative, relative_square, square, inverse_square, log, log_square, log_absolute
      ) = (value / count for value in sums[:7])
     close = {f"delta{k}": (value - invalid) / count for k, value in enumerate(sums[7:10], 1)}
     return {
@@ -127,16 +131,17 @@ def _sums(p, d, valid):
     """Of a block: what the means and roots of `pixel_scores` are made of, float64, 11."""
     # Where nothing is known both are 1 m, so that every error there is 0.
     p, d = (torch.where(valid, x.double(), 1.0) for x in (p, d))
-    error = p - d
-    relative = error / d
-    inverse = relative / p  # 1/d - 1/p
     ratio = p / d
-    worst = torch.maximum(ratio, d / p)
-    close = [torch.count_nonzero(worst < 1.25**power).double() for power in (1, 2, 3)]
+    worst = torch.div(d, p).clamp_(min=ratio)
+    one = torch.empty_like(d)  # 0 or 1: comparing into float64 is faster than into bool
+    close = [torch.lt(worst, 1.25**power, out=one).sum() for power in (1, 2, 3)]
+    error = torch.sub(p, d, out=one)
+    relative = torch.div(error, d, out=d)
+    inverse = torch.div(relative, p, out=p)  # 1/d - 1/p
+    sums = [torch.dot(relative, error), torch.dot(error, error), torch.dot(inverse, inverse)]
     log = ratio.log_()
-    sums = [torch.dot(relative, error), torch.dot(error, error), torch.dot(inverse, inverse),
-            log.sum(), log.abs().sum(), torch.dot(log, log)]
-    return torch.stack([relative.abs().sum(), *sums, *close, torch.count_nonzero(valid).double()])
+    sums += [log.sum(), torch.dot(log, log), log.abs_().sum()]
+    return torch.stack([relative.abs_().sum(), *sums, *close, torch.count_nonzero(valid).double()])
 
 
 def abs_rel(pred_m, depth_m, valid=None):
@@ -166,18 +171,13 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     width = depth_m.shape[-1]
     maps = pred_m.flatten(), depth_m.flatten()
     valid = None if valid is None or mask == "none" else valid.flatten()
-    # Few pixels lie at an edge: a rough look in float32 saves the exact one for the rest.
-    logs = [x.float().clamp(min=1e-6).log_() for x in maps]
-    here, there = [], []
-    for step, right in ((1, True), (width, False)):  # the neighbour on the right, the one below
-        change = torch.maximum(*((log[step:] - log[:-step]).abs_() for log in logs))
-        first = (change > math.log(1.05) - 1e-5).nonzero()[:, 0]
-        if right:
-            first = first[(first + 1) % width != 0]  # the next row's first pixel is no neighbour
-        here += [first, first + step]
-        there += [first + step, first]
-    direction = torch.repeat_interleave(torch.tensor([len(x) for x in here], device=t.device))
-    here, there = torch.cat(here), torch.cat(there)
+    right, below = _possible_edges(maps, width)
+    first, step = torch.cat([right, below]), torch.tensor([1, width], device=t.device)
+    step = step.repeat_interleave(torch.tensor([len(right), len(below)], device=t.device))
+    here, there = torch.cat([first, first + step]), torch.cat([first + step, first])
+    # Of the four directions: to the right, down, to the left, up.
+    direction = (step == width).long()
+    direction = torch.cat([direction, direction + 2])
     if valid is not None:
         # Deviation: by default both pixels must be valid, not the pair's own alone.
         counts = valid[here] if mask == "owner" else valid[here] & valid[there]
@@ -190,6 +190,27 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     precision = (hits / edges_p.clamp(min=1)).mean(dim=0)
     f1 = 2 * recall * precision / (recall + precision).clamp(min=1e-12)  # 0 where both are 0
     return ((f1 * t).sum() / t.sum()).item()
+
+
+def _possible_edges(maps, width):
+    """Where flat maps may change by a factor of 1.05: pixels i whose neighbour on the right, i + 1,
+    is so different in one of them, and those whose neighbour below is, i + width.
+
+    Few pixels lie at an edge: this rough look in float32 saves the exact one for all the rest.
+    """
+    factor, count = 1.05 - 1e-5, len(maps[0])
+    rows = max(1, (BLOCK if maps[0].device.type == "cpu" else count) // width) * width
+    right, below = [], []
+    for start in range(0, count, rows):
+        blocks = [x[start : start + rows + width].float().clamp(min=1e-6) for x in maps]
+        for step, found in ((1, right), (width, below)):
+            end = min(rows + step, len(blocks[0]))
+            pairs = [(x[step:end], x[: end - step]) for x in blocks]
+            change = [torch.maximum(torch.sub(a, b, alpha=factor), torch.sub(b, a, alpha=factor))
+                      for a, b in pairs]
+            found.append((torch.maximum(*change) > 0).nonzero()[:, 0] + start)
+    right, below = torch.cat(right), torch.cat(below)
+    return right[(right + 1) % width != 0], below  # the next row's first pixel is no neighbour
 
 
 def _near(x_m):

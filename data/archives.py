@@ -52,10 +52,13 @@ class Tar:
         """The bytes of a member; raises BadSample if it isn't there or can't be read."""
         if name not in self.spans:
             raise BadSample(f"{self.place(name)} is missing.")
-        if self.file is None:
-            self.file = open(self.root, "rb", buffering=0)
         offset, size = self.spans[name]
-        content = os.pread(self.file.fileno(), size, offset)
+        try:
+            if self.file is None:
+                self.file = open(self.root, "rb", buffering=0)
+            content = os.pread(self.file.fileno(), size, offset)
+        except OSError as error:
+            raise BadSample(f"{self.place(name)} can't be read: {error.strerror}.") from None
         if len(content) != size:
             raise BadSample(f"{self.place(name)} can't be read: the archive ends before it does.")
         return content
@@ -73,6 +76,10 @@ def index(path):
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"{name} is cut off")
                 spans[str(name)] = member.offset_data, member.size
+            # tarfile also stops, without a word, at a header that is cut off or damaged.
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"its end is missing after {len(spans)} files")
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a complete, uncompressed .tar ({error}): download it "
                          "again or unpack it.") from None

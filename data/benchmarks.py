@@ -40,7 +40,8 @@ BENCHMARKS = {
 }
 
 
-def open_benchmark(name, folder, depth_scale=1000.0, vkitti_crop=(352, 1216)):
+def open_benchmark(name, folder, depth_scale=1000.0, vkitti_crop=(352, 1216),
+                   hypersim_split="val"):
     """The reader of a set that lies in `folder`; depth_scale: units per metre of the pairs' PNGs.
 
     A reader has a length, name(i), [i] -> sample, and `expected`, the number of images that the
@@ -58,7 +59,8 @@ def open_benchmark(name, folder, depth_scale=1000.0, vkitti_crop=(352, 1216)):
         return FolderOfPairs(folder / "val" if holds_pairs(folder / "val") else folder, depth_scale)
     entries = sorted(entry.name for entry in folder.iterdir())
     processed = holds_processed_hypersim(folder, entries)
-    return (ProcessedHypersim if processed else Hypersim)(folder, "val")
+    split = hypersim_split if name == "hypersim" else "val"
+    return (ProcessedHypersim if processed else Hypersim)(folder, split)
 
 
 def locate(name, root, alone):

@@ -8,8 +8,10 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
+PICTURES = "pictures"  # of the report: a folder
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
 KEY = ("dataset", "image")
 
@@ -65,7 +67,8 @@ def read_rows(path, columns):
 def prepare(out, settings):
     """Readies the folder for an evaluation with these settings; what differs from the last one's.
 
-    settings: what the rows depend on, plain types. Rows that were made with others are removed.
+    settings: what the rows depend on, plain types. Rows that were made with others are removed, and
+    their pictures.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -77,6 +80,8 @@ def prepare(out, settings):
     changed = sorted(name for name in settings if before and before.get(name) != settings[name])
     for old in (*out.glob("per_image*.csv"), out / METRICS):
         old.unlink(missing_ok=True)
+    if before:
+        shutil.rmtree(out / PICTURES, ignore_errors=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
     return changed
 

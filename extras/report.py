@@ -13,6 +13,7 @@ from PIL import Image
 
 from data.benchmarks import BENCHMARKS
 from data.pictures import ERROR_MAX, colourise, nearness
+from extras.table import describe_count
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_WIDTH = 320  # of the pictures
@@ -148,6 +149,12 @@ def check_there(path):
                                 "writes: give the folder of its --out.")
 
 
+def has_pictures(out, dataset, image):
+    """Whether all four of an image are there."""
+    folder = Path(out) / "pictures" / dataset / image
+    return all((folder / f"{name}.jpg").is_file() for name in PICTURES)
+
+
 def read_pictures(folder):
     """{name: base64 of the JPEG} of an image; None unless all four are there."""
     paths = {name: folder / f"{name}.jpg" for name in PICTURES}
@@ -217,19 +224,15 @@ def describe(name, result):
     yield "Alignment", (
         f"In {SPACES[space]}: scale and shift by least squares in float64, at the truth's size, "
         f"over its valid pixels{'' if space == 'depth' else ' that were predicted above 0'}.")
-    if result.get("unfitted"):
-        yield "Flat", (f"{result['unfitted']} predictions could not fix scale and shift and count "
-                       "as the mean of the truth.")
+    for fitted, scores in {space: result, **result["other_alignments"]}.items():
+        if scores.get("unfitted"):
+            yield "Flat", (f"{scores['unfitted']} predictions could not fix scale and shift in "
+                           f"{SPACES[fitted]} and count as the mean of the truth.")
     if space == "sqrt_disparity":
         yield "Negative", f"{NEGATIVE[result['align_negative']]}."
     yield "Clipping", describe_range(name, space)
     yield "Scores", "Over the valid pixels of each image, then the mean over the images."
     yield "Boundary F1", f"At {result['f1_resolution']}; {F1_MASKS[result['f1_mask']]}."
-
-
-def describe_count(result):
-    count, expected = result["images"], result["expected_images"]
-    return str(count) if expected is None else f"{count} of {expected}"
 
 
 def describe_range(name, space):

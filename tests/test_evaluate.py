@@ -107,7 +107,8 @@ def test_saved_predictions_in_all_three_spaces(world, monkeypatch, capsys):
     assert {key: found[key] for key in metrics.SCORES} == pytest.approx(
         mean(expected["sqrt_disparity"]), rel=1e-6)
     for space in ("disparity", "depth"):
-        assert found["other_alignments"][space] == pytest.approx(mean(expected[space]), rel=1e-6)
+        other = found["other_alignments"][space]
+        assert other == pytest.approx({"unfitted": 0, **mean(expected[space])}, rel=1e-6)
     assert (found["align"], found["align_negative"], found["f1_mask"]) == (
         "sqrt_disparity", "square", "owner")
     assert (found["images"], found["expected_images"], found["skipped"]) == (3, None, 0)
@@ -312,6 +313,22 @@ def test_a_report_has_the_pictures_of_every_image(world, monkeypatch, capsys):
     assert "report.html" in capsys.readouterr().err
 
 
+def test_a_report_afterwards_gets_its_pictures(world, monkeypatch):
+    """The rows stay; pictures are made where they are missing, and go with other settings."""
+    arguments = ["--predictions", world / "saved", "--data", world / "root", "--out", world / "out"]
+    assert call(monkeypatch, *arguments) == 0
+    before = files_of(world / "out")
+    assert call(monkeypatch, *arguments, "--report") == 0
+    assert files_of(world / "out") == before
+    pictures = world / "out/pictures/pairs/rgb/a"
+    assert len(list((world / "out/pictures").rglob("*.jpg"))) == 12
+    written = (pictures / "error.jpg").stat().st_mtime_ns
+    assert call(monkeypatch, *arguments, "--report") == 0
+    assert (pictures / "error.jpg").stat().st_mtime_ns == written
+    assert call(monkeypatch, *arguments, "--align", "depth") == 0
+    assert not pictures.exists()
+
+
 def test_evaluations_side_by_side(world, monkeypatch, capsys):
     for negative in ("clamp", "square"):
         assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
@@ -344,7 +361,10 @@ def test_a_constant_prediction_is_counted(world, monkeypatch, capsys):
                 "--out", world / "out") == 0
     found = results(world / "out")[0]["pairs"]
     assert found["unfitted"] == 1 and np.isfinite(found["abs_rel"])
-    assert "1 predictions could not fix scale and shift" in capsys.readouterr().out
+    assert all(other["unfitted"] == 1 for other in found["other_alignments"].values())
+    printed = capsys.readouterr().out
+    for space in metrics.SPACES:
+        assert f"1 predictions could not fix scale and shift in {space}" in printed
 
 
 def test_virtual_kitti_is_cropped_and_clipped(tmp_path, ckpt, monkeypatch, capsys):
@@ -367,6 +387,7 @@ def test_virtual_kitti_is_cropped_and_clipped(tmp_path, ckpt, monkeypatch, capsy
     found = results(tmp_path / "out")[0]["vkitti"]
     assert {key: found[key] for key in metrics.SCORES} == pytest.approx(expected, rel=1e-6)
     assert (found["images"], found["expected_images"]) == (1, 5364)
+    assert "of fewer images than the set has" in capsys.readouterr().out
     assert set(found["other_alignments"]) == {"sqrt_disparity", "depth"}
 
     assert call(monkeypatch, "--ckpt", ckpt, "--data", tmp_path / "root/vkitti", "--datasets",
@@ -393,6 +414,24 @@ def test_without_arguments_the_miniature_scores_itself(tmp_path, ckpt, monkeypat
     assert again == found
     published = capsys.readouterr().out.splitlines()[2]
     assert "(published)" in published and "33.70" in published
+
+
+def test_the_test_split_of_hypersim(tmp_path, monkeypatch):
+    for split, count in (("val", 1), ("test", 2)):
+        for frame in range(count):
+            scene = tmp_path / "root/hypersim" / split / "ai_001_001"
+            save(scene / f"rgb_cam_00_fr{frame:04d}.png", photo(40, 60))
+            depth_m, _ = boxes(40, 60)
+            save(scene / f"depth_plane_cam_00_fr{frame:04d}.png", np.round(1000 * depth_m))
+            saved = tmp_path / f"saved/hypersim/{split}/ai_001_001/rgb_cam_00_fr{frame:04d}.npy"
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            np.save(saved, depth_m**-0.5)
+    arguments = ["--predictions", tmp_path / "saved", "--data", tmp_path / "root", "--out",
+                 tmp_path / "out"]
+    for split, expected in (("val", (1, 7370)), ("test", (2, 7682))):
+        assert call(monkeypatch, *arguments, "--hypersim-split", split) == 0
+        found = results(tmp_path / "out")[0]["hypersim"]
+        assert (found["images"], found["expected_images"]) == expected
 
 
 def test_mistakes_are_one_sentence(world, ckpt, monkeypatch, capsys):

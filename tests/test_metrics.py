@@ -341,6 +341,33 @@ def test_predictions_that_fix_nothing_are_counted():
     assert negative[0].unfitted == ["disparity"]
 
 
+def test_numbers_too_large_to_square_are_no_nan():
+    pred = torch.rand(30, 40, dtype=torch.float64) * 1e200
+    found = list(metrics.evaluate_dataset(lambda samples: [pred], Reader(), ["depth"], **RANGE,
+                                          chunks=[[0]]))
+    assert found[0].unfitted == ["depth"]
+    assert all(map(math.isfinite, found[0].scores["depth"].values()))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (300, 411)])
+def test_any_size_and_layout_and_no_argument_is_changed(size):
+    """More pixels than a block, rows and columns alone, and maps that are not contiguous."""
+    rng = np.random.default_rng(0)
+    depth_m = rng.uniform(1, 9, size[::-1]).astype(np.float32).T
+    depth_m[rng.random(size) < 0.1] = 0
+    depth_m.flat[0] = 2
+    valid, pred = depth_m > 0, rng.uniform(0.1, 1, size[::-1]).T
+    maps = [torch.from_numpy(x) for x in (pred, depth_m, valid)]  # transposed
+    before = [x.clone() for x in maps]
+    for f1_mask in metrics.F1_MASKS:
+        found = metrics.score(*maps, "depth", **RANGE, f1_mask=f1_mask)
+        if valid.sum() > 1:
+            expected = numpy_score(pred, depth_m, valid, "depth", **RANGE, negative="clamp",
+                                   f1_mask=f1_mask)
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert all(torch.equal(x, y) for x, y in zip(maps, before))
+
+
 @pytest.mark.parametrize("pred, message", [
     (torch.zeros(30, 41), "scene/0 has shape"), (torch.full((30, 40), torch.nan), "1200 values"),
     (torch.full((30, 40), torch.inf), "1200 values"),

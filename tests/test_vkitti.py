@@ -1,5 +1,7 @@
 """data/vkitti.py, on frames in the official layout."""
 
+import itertools
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -65,6 +67,26 @@ def test_splits_by_rule(tmp_path):
         ["Scene18", "overcast"], ["Scene20", "sunset"]]
     assert [val.name(i) for i in range(len(val))] == ["Scene01/clone/frames/rgb/Camera_0/rgb_00000"]
     assert (train.expected, val.expected) == (20_148, 5_364)
+
+
+def test_the_whole_data_set_has_the_published_lists(tmp_path):
+    """As many files as were released, empty: by scene, variant, camera and frame."""
+    frames = {"Scene01": 447, "Scene02": 233, "Scene06": 270, "Scene18": 339, "Scene20": 837}
+    variants = ["15-deg-left", "15-deg-right", "30-deg-left", "30-deg-right", "clone", "fog",
+                "morning", "overcast", "rain", "sunset"]
+    for scene, variant, camera in itertools.product(frames, variants, "01"):
+        folder = tmp_path / scene / variant / "frames/rgb" / f"Camera_{camera}"
+        folder.mkdir(parents=True)
+        for frame in range(frames[scene]):
+            (folder / f"rgb_{frame:05d}.jpg").touch()
+    kept = [variant for variant in variants if variant not in (
+        "30-deg-left", "30-deg-right", "fog", "rain")]
+    for split, scenes in (("train", list(frames)[1:]), ("val", list(frames)[:1])):
+        reader = VirtualKITTI(tmp_path, split)
+        assert len(reader) == reader.expected == {"train": 20_148, "val": 5_364}[split]
+        assert [reader.name(i) for i in range(len(reader))] == [
+            f"{scene}/{variant}/frames/rgb/Camera_{camera}/rgb_{frame:05d}" for scene in scenes
+            for variant in kept for camera in "01" for frame in range(frames[scene])]
 
 
 def test_bad_files_name_themselves(tmp_path):

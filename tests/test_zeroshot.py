@@ -184,6 +184,26 @@ def test_broken_archives_are_named(tmp_path, spoil):
         zeroshot.ZeroShot("scannet", folder)
 
 
+def test_an_archive_that_ends_early_is_never_a_short_one(tmp_path):
+    """tarfile says nothing where an archive is cut between two files or a header is damaged."""
+    members = world_of("scannet", 0)[0] | world_of("scannet", 1)[0]
+    path = tmp_path / "scannet_val_sampled_800_1.tar"
+    write(tmp_path, members, path.name)
+    content = path.read_bytes()
+    with tarfile.open(path) as archive:
+        second = archive.getmembers()[2].offset
+    damaged = content[:second] + b"\7" * 512 + content[second + 512:]
+    for spoiled in (content[:second], content[:second + 100], damaged):
+        path.write_bytes(spoiled)
+        with pytest.raises(ValueError, match="1.tar is not a complete.*its end is missing after 2"):
+            zeroshot.ZeroShot("scannet", tmp_path)
+    path.write_bytes(content)
+    reader = zeroshot.ZeroShot("scannet", tmp_path)
+    path.unlink()
+    with pytest.raises(BadSample, match="000000.jpg can't be read: No such file"):
+        reader[0]
+
+
 @pytest.mark.parametrize("name, ending, content, reason", [
     ("eth3d", "DSC_0280.JPG", b"1234", "has 4 bytes"),
     ("diode", "_depth.npy", npy(np.array([{}], dtype=object)), "can't be read"),
