@@ -172,18 +172,18 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     maps = pred_m.flatten(), depth_m.flatten()
     valid = None if valid is None or mask == "none" else valid.flatten()
     right, below = _possible_edges(maps, width)
-    first, step = torch.cat([right, below]), torch.tensor([1, width], device=t.device)
-    step = step.repeat_interleave(torch.tensor([len(right), len(below)], device=t.device))
-    here, there = torch.cat([first, first + step]), torch.cat([first + step, first])
-    # Of the four directions: to the right, down, to the left, up.
-    direction = (step == width).long()
+    first, second = torch.cat([right, below]), torch.cat([right + 1, below + width])
+    # Of the four directions: to the right (0), down (1), to the left (2), up (3).
+    direction = (second - first == width).long()
     direction = torch.cat([direction, direction + 2])
+    # How many t the ratio of a pair is above.
+    pairs = [[_near(x.index_select(0, at)) for at in (first, second)] for x in maps]
+    steps_p, steps_d = (torch.bucketize(torch.cat([b / a, a / b]), t) for a, b in pairs)
     if valid is not None:
         # Deviation: by default both pixels must be valid, not the pair's own alone.
-        counts = valid[here] if mask == "owner" else valid[here] & valid[there]
-        here, there, direction = here[counts], there[counts], direction[counts]
-    # How many t the ratio of a pair is above.
-    steps_p, steps_d = (torch.bucketize(_near(x[there]) / _near(x[here]), t) for x in maps)
+        a, b = (valid.index_select(0, at) for at in (first, second))
+        counts = torch.cat([a, b] if mask == "owner" else [a & b, a & b])
+        steps_p, steps_d = steps_p * counts, steps_d * counts
     edges_p, edges_d, hits = (_edges_above(steps, direction) for steps in (
         steps_p, steps_d, torch.minimum(steps_p, steps_d)))
     recall = (hits / edges_d.clamp(min=1)).mean(dim=0)
