@@ -16,7 +16,7 @@ from data.pictures import ERROR_MAX, colourise, nearness
 from extras.table import describe_count
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MAX_WIDTH = 320  # of the pictures
+MAX_SIDE = 320  # of the pictures
 PICTURES = ("image", "truth", "prediction", "error")
 
 COLUMNS = {  # score: heading, unit, digits of what is shown, whether higher is better
@@ -104,14 +104,29 @@ def save_pictures(out, dataset, sample, pred_m):
     known_m = np.where(valid, depth_m, np.nan)
     truth, prediction = nearness(depth_m, valid, [known_m, pred_m])
     error = np.abs(pred_m - depth_m) / known_m
-    pictures = (image.transpose(1, 2, 0), colourise(truth), colourise(prediction),
-                colourise(error / ERROR_MAX, "inferno"))
+    small = [shrink(x) for x in (truth, prediction, error / ERROR_MAX)]
+    pictures = (shrink(image.transpose(1, 2, 0)).round().astype(np.uint8), colourise(small[0]),
+                colourise(small[1]), colourise(small[2], "inferno"))
     folder = Path(out) / "pictures" / dataset / sample["name"]
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in zip(PICTURES, pictures):
-        small = Image.fromarray(picture)
-        small.thumbnail((MAX_WIDTH, MAX_WIDTH), Image.Resampling.BOX)
-        small.save(folder / f"{name}.jpg", quality=80)
+        Image.fromarray(picture).save(folder / f"{name}.jpg", quality=80)
+
+
+def shrink(x):
+    """H,W or H,W,C -> at most MAX_SIDE a side: means over squares of what is known (not NaN).
+
+    So the truth of a laser scanner, which knows a pixel here and there, can still be seen.
+    """
+    cell = -(-max(x.shape[:2]) // MAX_SIDE)
+    starts = [np.arange(0, length, cell) for length in x.shape[:2]]
+
+    def sums(values):
+        return np.add.reduceat(np.add.reduceat(values, starts[0], axis=0), starts[1], axis=1)
+
+    known = np.isfinite(x)
+    count = sums(known.astype(np.float64))
+    return np.where(count, sums(np.where(known, x, 0.0)), np.nan) / np.maximum(count, 1)
 
 
 def as_json(value):

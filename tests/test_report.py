@@ -16,7 +16,7 @@ import pytest
 
 import metrics
 from data.benchmarks import BENCHMARKS
-from extras.report import COLUMNS, PICTURES, PUBLISHED, SYSTEMS, write_report
+from extras.report import COLUMNS, PICTURES, PUBLISHED, SYSTEMS, shrink, write_report
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 ODD = "deep/odd \"<script>alert('1')</script><!--&amp; ünï深"
@@ -147,6 +147,18 @@ def test_says_how(tmp_path):
     assert "became 0 (far)" in first["Negative"] and "Negative" not in second
     assert first["Clipping"].endswith("then depth to 1e-05 m at least, 65 m at most.")
     assert first["Boundary F1"].startswith("At 30x40; ") and "farther" in second["Boundary F1"]
+
+
+@pytest.mark.parametrize("size", [(320, 320), (321, 640), (7, 961)])
+def test_small_pictures_are_means_of_what_is_known(size):
+    x = np.random.default_rng(0).random(size)
+    x[np.random.default_rng(1).random(size) < 0.8] = np.nan
+    cell = -(-max(size) // 320)
+    expected = [[np.nan if np.isnan(part).all() else np.nanmean(part) for part in (
+        x[i : i + cell, j : j + cell] for j in range(0, size[1], cell))]
+        for i in range(0, size[0], cell)]
+    np.testing.assert_allclose(shrink(x), expected)
+    assert shrink(np.stack([x, x], axis=-1)).shape == (*np.shape(expected), 2)
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "per_image.csv"])
