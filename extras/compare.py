@@ -20,7 +20,7 @@ def compare(folders, published):
     (AbsRel, delta1)}} as fractions. Only images that all have are compared. Raises ValueError where
     nothing can be compared, FileNotFoundError where there are no results.
     """
-    results = [(folder, *read(Path(folder))) for folder in folders]
+    results = [(folder, *read(Path(folder))) for folder in dict.fromkeys(folders)]
     sets = [name for name in results[0][1] if all(name in found for _, found, _ in results)]
     if not sets:
         raise ValueError(f"{', '.join(map(str, folders))} have no data set in common: evaluate "
@@ -34,12 +34,17 @@ def read(folder):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}: give the --out folders of finished "
                                     "evaluations.")
-    images = {}
-    with open(folder / PER_IMAGE, newline="") as file:
-        for row in csv.DictReader(file):
-            scores = {score: float(row[score]) for score in SHOWN}
-            images.setdefault(row["dataset"], {})[row["image"]] = scores
-    return json.loads((folder / METRICS).read_text()), images
+    try:
+        results = json.loads((folder / METRICS).read_text())
+        images = {name: {} for name in results}
+        with open(folder / PER_IMAGE, newline="") as file:
+            for row in csv.DictReader(file):
+                scores = {score: float(row[score]) for score in SHOWN}
+                images.setdefault(row["dataset"], {})[row["image"]] = scores
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{folder} holds a damaged {METRICS} or {PER_IMAGE} ({error}): run "
+                         "evaluate.py again.") from error
+    return results, images
 
 
 def table(name, results, published):

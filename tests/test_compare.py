@@ -65,3 +65,9 @@ def test_what_cannot_be_compared_is_told(tmp_path):
         compare([one, write(tmp_path / "three", {"b": 0.1})], {})
     with pytest.raises(FileNotFoundError, match="holds no metrics.json"):
         compare([one, tmp_path], {})
+    for file, content in (("metrics.json", "{"), ("per_image.csv", "a,b\n1,2"),
+                          ("per_image.csv", "dataset,image,abs_rel,delta1,boundary_f1\npairs,a,x")):
+        damaged = write(tmp_path / f"damaged{file}{len(content)}", {"a": 0.1})
+        (damaged / file).write_text(content)
+        with pytest.raises(ValueError, match="damaged.* holds a damaged metrics.json or per_image"):
+            compare([one, damaged], {})
