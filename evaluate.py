@@ -55,15 +55,13 @@ def options():
     add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
-    add("--batch", type=engine.positive, help="images of one size predicted at once (8 on CUDA, "
-        "else 1)")
+    add("--batch", type=engine.positive, help="images predicted at once (8 on CUDA, else 1)")
     add("--workers", type=int, default=2, help="processes that read ahead (%(default)s)")
     add("--limit", type=engine.positive, metavar="N", help="only the first N images of each set")
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
     add = parser.add_argument_group("how").add_argument
-    add("--align", choices=metrics.SPACES,
-        help="space that scale and shift are fitted in (the model's; predictions: sqrt_disparity)")
+    add("--align", choices=metrics.SPACES, help="space of the fit (the model's; sqrt_disparity)")
     add("--align-negative", choices=metrics.NEGATIVE, default="clamp",
         help="aligned values below 0; square: as the released code (%(default)s)")
     add("--f1-mask", choices=metrics.F1_MASKS, default="pair",
