@@ -7,6 +7,7 @@ It knows nothing of images: batches are dicts, objectives return named losses.
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 MAX_BAD_STEPS = 10  # in a row that are skipped, before a run stops
+PATIENCE = 2.0  # seconds in which a signal that comes again is the same wish
 SPIKE, SPIKE_AFTER = 4.0, 100  # times the usual loss; steps that make it usual
 
 
@@ -34,14 +36,28 @@ def run(main):
     except (ValueError, OSError) as error:
         if os.environ.get("FULL_TRACEBACK"):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("gloo|NCCL", str(error)):
+            raise
+        print(f"error: rank {dist.get_rank()} can't reach the others any more: one of them has "
+              "ended, look for its error.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def say(text):
     """A line for the person who waits (standard error), from the first rank only."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Without line breaks and what else names of files may do to a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def is_first():
@@ -67,6 +83,7 @@ class Ranks:
 
 def start(device="auto"):
     """Joins the job that torchrun started, if any. `auto`: CUDA, else Apple's MPS, else CPU."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save", before there is anything to save
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -227,12 +244,14 @@ def set_learning_rate(optimizer, value):
 class Watch:
     """Listens for a scheduler's signals while a run trains.
 
-    SIGTERM and SIGINT (preemption, Ctrl-C) ask to save and leave, SIGUSR1 to save and go on. A
-    second SIGTERM or SIGINT ends the program at once.
+    SIGTERM and SIGINT (preemption, Ctrl-C) ask to save and leave, SIGUSR1 to save and go on. One
+    more SIGTERM or SIGINT ends the program at once, but not within two seconds: torchrun passes on
+    to the ranks what a scheduler or a terminal has sent them already.
     """
 
     def __init__(self, ranks):
         self.ranks, self.leave, self.save, self.before = ranks, False, False, {}
+        self.asked = math.inf  # when, to leave
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -244,11 +263,14 @@ class Watch:
             signal.signal(number, handler)
 
     def note(self, number, frame):
+        now = time.monotonic()
         if number == signal.SIGUSR1:
             self.save = True
-        else:
-            self.leave = True
+        elif now > self.asked + PATIENCE:
             signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        else:
+            self.leave, self.asked = True, min(self.asked, now)
 
     def agree(self):
         """(leave, save), the same on all ranks: what any of them was asked since the last call."""

@@ -4,6 +4,7 @@ A checkpoint is one file with weights, optimizer and step, written beside, synce
 one before it stays as a reserve. Whatever happens, at any moment, one of the two is whole.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,17 +13,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from engine import say
+from engine import is_first, say
 
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
-LOG, OPTIONS = "log.jsonl", "args.json"
+LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
+CONTENT = {"step": int, "trained": dict, "optimizer": dict}  # of a checkpoint
+HELD = {}  # open lock files by path: a lock lasts as long as its file is open
 
 
 def decisive(options):
     """Of a script's options (a dict), those that change the result, as plain types."""
     rest = {"out", "cache", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
             "log_every", "save_every", "validate_every", "validate_images", "preflight", "extend"}
+    if not options.get("cache", True):  # what is not kept is as if it were kept exactly
+        options = options | {"cache_precision": "float32"}
     return {name: str(value) if isinstance(value, Path) else value
             for name, value in sorted(options.items()) if name not in rest}
 
@@ -39,9 +46,10 @@ def open_run(folder, options, ranks, extend=False):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     options = json.loads(json.dumps(options))
-    described = folder / OPTIONS
-    path = choose_checkpoint(folder) if ranks.first else None
+    path = None
     if ranks.first:
+        claim(folder)
+        path = choose_checkpoint(folder)
         (folder / f"{STATE}.tmp").unlink(missing_ok=True)  # of a run that was killed while saving
     if ranks.world > 1:
         chosen = [path]
@@ -49,11 +57,11 @@ def open_run(folder, options, ranks, extend=False):
         path = chosen[0]
     if path is None:
         if ranks.first:
-            described.write_text(json.dumps(options, indent=1) + "\n")
+            write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n")
             (folder / LOG).unlink(missing_ok=True)
         return None
-    before = json.loads(described.read_text())
-    same = {"steps": options["steps"]} if extend and before["steps"] < options["steps"] else {}
+    before = read_options(folder / OPTIONS)
+    same = {"steps": options["steps"]} if extend and before.get("steps", 0) < options["steps"] else {}
     changed = [f"{name}: {before.get(name)} then, {options.get(name)} now"
                for name in sorted(before.keys() | options.keys())
                if (before | same).get(name) != options.get(name)]
@@ -62,8 +70,27 @@ def open_run(folder, options, ranks, extend=False):
                          "its options to resume it, choose another --out, or add --extend if it "
                          "is to have more steps.")
     if same and ranks.first:
-        described.write_text(json.dumps(options, indent=1) + "\n")
+        write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def claim(folder):
+    """Keeps other processes out of a run folder while this one lives. ValueError if one is in it.
+
+    It may be a rank that outlived its torchrun; both would write the same files.
+    """
+    file = HELD[folder] = open(folder / LOCK, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its children
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"process {file.read(20) or 'of another machine'} is at work in {folder}: "
+                         "wait for it or end it, then give the same command again.") from None
+    except OSError:  # not all file systems have locks
+        return
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
 
 
 def choose_checkpoint(folder):
@@ -72,7 +99,12 @@ def choose_checkpoint(folder):
     for path in there:
         fault = damage(path)
         if fault is None:
-            return path
+            # In the damaged one's place: the next save must not keep that one as the reserve.
+            os.replace(path, folder / STATE)
+            sync_folder(folder)
+            if path.name == PREVIOUS and len(there) == 1:
+                say(f"{folder / STATE} is missing: going back to the checkpoint before it.")
+            return folder / STATE
         say(f"{path} is damaged ({fault}): going back to the checkpoint before it.")
     if there:
         raise ValueError(f"no checkpoint in {folder} is whole: bring back a copy of {STATE}, or "
@@ -82,26 +114,71 @@ def choose_checkpoint(folder):
 
 def damage(path):
     """What is wrong with a checkpoint, or None: all of it is read and its checksums are tried."""
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} may not be read: allow it and give the same command again.")
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                return "it is compressed, which is not how it was written"
             bad = archive.testzip()
-        if bad is None:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if bad is not None:
+            return f"{bad} does not fit its checksum"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(state[name], kind) for name, kind in CONTENT.items()):
+            return "it holds something else"
     except Exception as error:  # a damaged file can make these libraries raise anything
         return str(error).split("\n")[0] or type(error).__name__
-    return bad and f"{bad} does not fit its checksum"
+    return None
 
 
-def resume(folder, state, trained, optimizer, steps):
-    """Puts back what `open_run` returned; the number of steps that are done, of `steps`."""
+def read_options(path):
+    """What a run was started with. ValueError if the file can't tell."""
+    try:
+        options = json.loads(path.read_text())
+        whole = isinstance(options, dict) and isinstance(options.get("steps", 0), int)
+    except (OSError, ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is missing or damaged, so that this run's options are not known: "
+                         "bring back a copy of it, or choose another --out.")
+    return options
+
+
+def resume(folder, state, trained, optimizer, steps, model=None):
+    """Puts back what `open_run` returned; the number of steps that are done, of `steps`.
+
+    model: what has `save`; its file is written anew if it is not of this checkpoint.
+    """
     if state is None:
         return 0
-    trained.load_state_dict(state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        trained.load_state_dict(state["trained"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{Path(folder) / STATE} is a checkpoint of another model "
+                         f"({str(error).splitlines()[0]}): choose another --out.") from error
+    # Copies, as the file is mapped: whatever becomes of it does not concern the run any more.
+    for moments in optimizer.state.values():
+        moments.update({name: value.clone() for name, value in moments.items()
+                        if torch.is_tensor(value)})
     done = state["step"]
+    state.clear()
+    if model is not None and is_first() and not holds(Path(folder) / MODEL, model):
+        say(f"Writing {Path(folder) / MODEL} as of step {done}.")
+        model.save(Path(folder) / MODEL)
     say(f"{folder} is finished: it has all its {done} steps." if done >= steps
         else f"Resuming {folder} at step {done} of {steps}.")
     return done
+
+
+def holds(path, model):
+    """Whether a model file can be read and has the weights of a model."""
+    try:
+        tensors, expected = load_file(path), model.state_dict()
+    except (OSError, SafetensorError):
+        return False
+    return tensors.keys() == expected.keys() and all(
+        torch.equal(tensors[name], expected[name].cpu()) for name in expected)
 
 
 # ---------------------------------------------------------------------------- saving
@@ -149,6 +226,17 @@ def size(tensors):
                for value in tensors.values() if isinstance(value, dict) or torch.is_tensor(value))
 
 
+def write_text(path, text):
+    """A small file, complete or as it was before."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder):
     """Makes renames in a folder last through a power failure."""
     handle = os.open(folder, os.O_RDONLY)
@@ -170,20 +258,26 @@ class Log:
     def __init__(self, folder, step, ranks):
         self.path = Path(folder) / LOG if ranks.first else None
         if self.path and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step]
-            temporary = self.path.with_name(f"{LOG}.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self.path)
+            lines = self.path.read_text(errors="replace").splitlines()
+            write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
     def write(self, row):
-        if self.path:
+        """Appends a row; OSError with the path and the bytes if there is no room."""
+        if not self.path:
+            return
+        line = json.dumps(row) + "\n"
+        try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"{self.path} has no room for {len(line)} bytes more ({error.strerror}): "
+                          "make room and give the same command again (the last checkpoint is "
+                          "untouched).") from error
 
 
 def step_of(line):
-    """The step of a row; of one that was cut off in the middle, infinity."""
+    """The step of a row; of one that was cut off in the middle or is none, infinity."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return float("inf")

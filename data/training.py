@@ -1,7 +1,10 @@
 """The training set: samples of several data sets, drawn, normalised, resized and flipped."""
 
 import logging
+import os
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,6 +185,7 @@ def read_batches(training_set, sampler, workers, on_bad):
     training_set.reading = Reading(workers)
     loader = DataLoader(training_set, batch_sampler=sampler, num_workers=workers,
                         collate_fn=collate, pin_memory=torch.cuda.is_available(),
+                        worker_init_fn=heed_only_the_parent,
                         prefetch_factor=4 if workers else None)
     drawn, count, bad = 0, 0, {}
     for batch in one_sentence_errors(loader, training_set.reading):
@@ -204,7 +208,11 @@ def one_sentence_errors(loader, reading):
     reading: what each worker reads at the moment, for one that dies.
     """
     try:
-        yield from loader
+        batches = iter(loader)
+        # For a worker that dies, torch raises wherever the program is at that moment. Without its
+        # handler the loader notices, when its next batch is wanted.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from batches
     except ValueError as error:
         last_line = str(error).rstrip().split("\n")[-1]
         raise ValueError(last_line.removeprefix("ValueError: ")) from error
@@ -214,6 +222,21 @@ def one_sentence_errors(loader, reading):
         raise ValueError(f"a process that reads data died (out of memory?) while the processes "
                          f"read {' and '.join(reading.names())}: look at these, or use fewer "
                          "--workers.") from error
+
+
+def heed_only_the_parent(worker):
+    """A scheduler or a terminal may signal the workers, too: they end when their parent wants."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+
+def end_with_the_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Reading:

@@ -187,8 +187,19 @@ def test_signals_are_noted_and_handlers_come_back():
         assert watch.agree() == [False, True] and watch.agree() == [False, False]
         signal.raise_signal(signal.SIGTERM)
         assert watch.agree() == [True, False]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_ends_the_program_unless_it_is_the_first_passed_on(monkeypatch):
+    clock, ended = iter([10.0, 10.1, 20.0]), []
+    monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
+    with engine.Watch(ALONE) as watch:
+        monkeypatch.setattr(engine.signal, "raise_signal", ended.append)
+        watch.note(signal.SIGTERM, None)
+        watch.note(signal.SIGTERM, None)  # from torchrun, which got it, too
+        assert watch.leave and not ended
+        watch.note(signal.SIGTERM, None)
+        assert ended == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_one_process_leaves_in_the_middle_of_a_step():
@@ -219,6 +230,20 @@ def test_run_turns_a_mistake_into_one_sentence(error, capsys, monkeypatch):
         engine.run(main)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "error: Bad thing.\n"
+
+
+def test_messages_are_one_line_whatever_names_hold(capsys):
+    engine.say("a\nb\x1b[31m.png is bad")
+    assert capsys.readouterr().err == "a?b?[31m.png is bad\n"
+
+
+def test_a_stopped_script_says_so(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        engine.run(main)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "Stopped.\n"
 
 
 def test_activations_are_recomputed_where_they_would_not_fit(monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """The quick version of the faults, on networks of a few thousand parameters."""
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,14 +152,49 @@ def test_a_worker_that_dies_is_reported_with_its_file(files, tmp_path):
     assert "rgb/3" in last and "Traceback" not in said
 
 
-def test_torchrun_saves_when_it_is_stopped(files, tmp_path):
-    command = [*stage1(files, "--steps", 400, "--save-every", 999), "--out", tmp_path / "run"]
-    process = start(command, ranks=2)
-    log = tmp_path / "run" / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 3:
+def started(command, out, ranks=1):
+    """A run that has done some steps."""
+    log = out / "log.jsonl"
+    before = log.read_text() if log.exists() else ""
+    process = start([*command, "--out", out], ranks)
+    while not log.exists() or log.read_text().count("\n") < before.count("\n") + 3:
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+    return process
+
+
+def test_a_signal_for_all_processes_at_once_is_for_the_first(files, tmp_path):
+    """As terminals and schedulers send it: the readers must not end before the run has."""
+    command = stage1(files, "--steps", 12, "--workers", 2, "--save-every", 999)
+    code, said = finish([*command, "--out", tmp_path / "whole"])
+    assert code == 0, said
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = started(command, tmp_path / "cut")
+        os.killpg(process.pid, number)
+        said = process.communicate()[0]
+        assert process.returncode == 0 and "Asked to leave: saved after" in said
+    code, said = finish([*command, "--out", tmp_path / "cut"])
+    assert code == 0, said
+    whole, cut = (sha256(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_rank_that_is_killed_ends_the_job(files, tmp_path):
+    process = started(stage1(files, "--steps", 4000, "--workers", 1), tmp_path / "run", ranks=2)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    said = process.communicate()[0]
+    assert process.returncode == 1 and "exitcode  : -9" in said
+    assert "error: rank 0 can't reach the others" in said and "[rank0]: Traceback" not in said
+    assert time.monotonic() - began < 29  # torchrun waits 30 s for a rank that hangs
+
+
+def test_torchrun_saves_when_it_is_stopped(files, tmp_path):
+    command = stage1(files, "--steps", 400, "--save-every", 999)
+    process = started(command, tmp_path / "run", ranks=2)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)  # the ranks get it twice, as torchrun passes it on
     said = process.communicate()[0]
     assert time.monotonic() - began < 30 and "Asked to leave: saved after" in said
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
