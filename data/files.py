@@ -1,7 +1,7 @@
 """Decode one file into an array, or raise a BadSample that names the file and the reason.
 
 A file may be anything: nothing in it is ever executed, and no more is decoded than fits a picture
-(Pillow's limit of 179 million pixels) or an array of 1 GiB.
+(Pillow's limit of 179 million pixels), an array of 1 GiB or a table of 64 MiB and 200 columns.
 """
 
 import csv
@@ -9,21 +9,31 @@ import io
 import math
 import os
 import zipfile
+import zlib
 from contextlib import contextmanager
 
 import h5py
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image
 
 from data.transforms import BadSample
 
 MAX_BYTES = 2**30  # of an array
+MAX_TABLE_BYTES, MAX_COLUMNS, MAX_ENTRIES = 2**26, 200, 10_000_000
+# Of Pillow's formats: for others it may start programs. PPM stands for PFM, too.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+# How many times its size a chunk of an HDF5 file can unpack to, by filter.
+EXPANSION = {h5py.h5z.FILTER_DEFLATE: 1040, h5py.h5z.FILTER_LZF: 100}
+HARMLESS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 
 @contextmanager
 def blame(path):
     """Whatever goes wrong inside is the fault of the file at `path`, and says so."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be waited for forever
+            raise BadSample(f"{path} is not a file.")
         yield
     except BadSample:
         raise
@@ -37,7 +47,9 @@ def blame(path):
 def read_picture(path, content=None):
     """A picture -> the array that is stored in it. content: its bytes, if they were read before."""
     with blame(path):
-        return iio.imread(path if content is None else content, plugin="pillow")
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS):
+            pass  # only its beginning was read
+        return iio.imread(path if content is None else content, plugin="pillow", index=0)
 
 
 def read_rgb(path, content=None):
@@ -69,19 +81,52 @@ def read_hdf5(path, key="dataset"):
     with blame(path), h5py.File(path, "r", locking=False) as file:
         if key is None:
             key = single_key(list(file), path)
-        if not isinstance(file.get(key), h5py.Dataset):
-            raise BadSample(f"{path} has no data set {key!r}.")
-        if file[key].external or file[key].is_virtual:
+        link = file.get(key, getlink=True)
+        if not isinstance(link, h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
+            raise BadSample(f"{path} has no data set {key!r}, or only a link to one.")
+        data = file[key]
+        if data.external or data.is_virtual:
             raise BadSample(f"{path} keeps its values in other files, which are not read.")
-        check_bytes(path, file[key].nbytes)
-        return file[key][()]
+        if data.dtype.hasobject:  # of variable length: a million values can be one and the same
+            raise BadSample(f"{path} holds {data.dtype}, not numbers.")
+        check_bytes(path, data.nbytes)
+        check_chunks(path, data)
+        return data[()]
+
+
+def check_chunks(path, data):
+    """BadSample for chunks that unpack to more than they should: HDF5 unpacks without a limit."""
+    if data.chunks is None:
+        return
+    room = math.prod(data.chunks) * data.dtype.itemsize
+    check_bytes(path, room)
+    filters = data.id.get_create_plist()
+    filters = [filters.get_filter(number)[0] for number in range(filters.get_nfilters())]
+    packers = [kind for kind in filters if kind not in HARMLESS]
+    if len(packers) > 1 or not EXPANSION.keys() >= set(packers):
+        raise BadSample(f"{path} is packed in a way that is not read: pack it with gzip.")
+    chunks = []
+    data.id.chunk_iter(chunks.append)
+    for chunk in chunks if packers else []:
+        fits = chunk.size < 1.1 * room + 1000  # what can't be packed grows a little
+        if fits and chunk.size * EXPANSION[packers[0]] > MAX_BYTES and not chunk.filter_mask:
+            fits = packers[0] == h5py.h5z.FILTER_DEFLATE and unpacks_within(
+                data.id.read_direct_chunk(chunk.chunk_offset)[1], room)
+        if not fits:
+            raise BadSample(f"{path} has a chunk that unpacks to more than its {room:,} bytes.")
+
+
+def unpacks_within(packed, limit):
+    return len(zlib.decompressobj().decompress(packed, limit + 1)) <= limit
 
 
 def read_npy(path, content=None):
     """An .npy file -> its array; content: its bytes, if they were read before."""
     with blame(path):
         if content is None:  # mapped, a header that promises more than there is is found out
-            return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            check_bytes(path, values.nbytes)
+            return np.array(values)
         version = np.lib.format.read_magic(file := io.BytesIO(content))
         read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
         shape, _, dtype = read_header(file)
@@ -105,13 +150,22 @@ def check_bytes(path, count):
 
 
 def read_table(path):
-    """The rows of a CSV file as dicts. Raises ValueError if it is none."""
+    """The rows of a CSV file as dicts. Raises ValueError if it is none, or beyond the limits."""
+    rows = []
     with open(path, newline="") as file:
         try:
-            return list(csv.DictReader(file))
+            table = csv.DictReader(file)
+            columns = len(table.fieldnames or ())
+            if columns > MAX_COLUMNS or os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
+                raise csv.Error(f"up to {MAX_COLUMNS} columns and {MAX_TABLE_BYTES:,} bytes are")
+            for row in table:
+                rows.append(row)
+                if len(rows) * columns > MAX_ENTRIES:  # a row may lack most of its columns
+                    raise csv.Error(f"up to {MAX_ENTRIES:,} entries are")
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a table that can be read ({error}): get it again or "
                              "write it anew.") from error
+    return rows
 
 
 def single_key(keys, path):

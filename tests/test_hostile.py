@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import random
 import resource
@@ -14,6 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from data import files
@@ -78,6 +80,92 @@ def test_an_hdf5_that_reads_other_files(tmp_path):
         files.read_hdf5(tmp_path / "thief.hdf5")
 
 
+def zeros(count):
+    """So many zero bytes, packed, without having them."""
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(2**20)) for _ in range(count >> 20)) + packer.flush()
+
+
+@pytest.mark.parametrize("side, limit", [(10, 2**30), (300, 2**20)])
+def test_an_hdf5_chunk_that_unpacks_to_more_than_its_size(tmp_path, side, limit, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", limit)
+    with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
+        data = file.create_dataset("dataset", (side, side), "f4", chunks=(side, side),
+                                   compression="gzip")
+        data.id.write_direct_chunk((0, 0), zeros(2**25))
+    with pytest.raises(BadSample, match="a chunk that unpacks to more than its"):
+        files.read_hdf5(tmp_path / "bomb.hdf5")
+
+
+def test_an_hdf5_chunk_larger_than_its_data_set(tmp_path):
+    with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
+        data = file.create_dataset("dataset", (9, 9), "f4", maxshape=(None, None),
+                                   chunks=(30_000, 20_000), compression="gzip")
+        data.id.write_direct_chunk((0, 0), zeros(2**20))
+    with pytest.raises(BadSample, match="would take 2,400,000,000 bytes"):
+        files.read_hdf5(tmp_path / "bomb.hdf5")
+
+
+@pytest.mark.parametrize("options", [
+    dict(chunks=(4, 40), compression="gzip", shuffle=True, fletcher32=True),
+    dict(chunks=(40, 50), compression="gzip", maxshape=(None, None)),
+    dict(compression="lzf"), dict(chunks=(8, 8)), {}])
+def test_an_honest_hdf5_is_read(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 40_000)  # so that gzip's chunks are looked into
+    values = np.random.default_rng(0).random((40, 50), dtype=np.float32)
+    with h5py.File(tmp_path / "good.hdf5", "w") as file:
+        file.create_dataset("dataset", data=values, **options)
+    if options.get("compression") == "lzf":
+        monkeypatch.undo()
+    assert np.array_equal(files.read_hdf5(tmp_path / "good.hdf5"), values)
+
+
+@pytest.mark.parametrize("link", [h5py.ExternalLink("other.hdf5", "dataset"),
+                                  h5py.SoftLink("/elsewhere/dataset")])
+def test_an_hdf5_with_links(tmp_path, link):
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["dataset"] = np.ones((2, 2))
+    with h5py.File(tmp_path / "thief.hdf5", "w") as file:
+        file["elsewhere"] = h5py.ExternalLink("other.hdf5", "/")
+        file["dataset"] = link
+    with pytest.raises(BadSample, match="only a link"):
+        files.read_hdf5(tmp_path / "thief.hdf5")
+
+
+def test_an_hdf5_of_variable_length(tmp_path):
+    with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
+        file.create_dataset("dataset", (9, 9), h5py.vlen_dtype("u1"))
+    with pytest.raises(BadSample, match="not numbers"):
+        files.read_hdf5(tmp_path / "bomb.hdf5")
+
+
+def test_a_picture_that_would_start_a_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("a program started"))
+    (tmp_path / "photo.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+                                         b"%%EndComments\nshowpage\n")
+    with pytest.raises(BadSample, match="cannot identify"):
+        files.read_rgb(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_a_picture_of_many_frames(tmp_path, kind):
+    first, *rest = (Image.new("RGB", (9, 9), (shade, 0, 0)) for shade in range(50))
+    first.save(tmp_path / "many.png", format=kind, save_all=True, append_images=rest)
+    if kind == "PNG":
+        assert files.read_rgb(tmp_path / "many.png").shape == (9, 9, 3)
+    else:
+        with pytest.raises(BadSample, match="cannot identify"):
+            files.read_rgb(tmp_path / "many.png")
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.npy").symlink_to("/dev/zero")
+    for read, name in ((files.read_rgb, "pipe.png"), (read_depth, "endless.npy")):
+        with pytest.raises(BadSample, match=f"{name} is not a file"):
+            read(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 def test_arrays_with_code(tmp_path, suffix):
     path = tmp_path / f"depth.{suffix}"
@@ -100,6 +188,16 @@ def test_an_npy_that_promises_more_than_there_is(tmp_path):
             read()
 
 
+def test_an_npy_with_holes(tmp_path):
+    """A file of 2.4 GB that takes no room on the disk."""
+    with open(tmp_path / "depth.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(
+            descr="<f4", fortran_order=False, shape=(30_000, 20_000)))
+        file.truncate(file.tell() + 2_400_000_000)
+    with pytest.raises(BadSample, match="no more than"):
+        read_depth(tmp_path / "depth.npy")
+
+
 def test_an_npz_that_unpacks_to_a_huge_size(tmp_path):
     content = io.BytesIO()
     np.lib.format.write_array_header_1_0(content, dict(
@@ -117,7 +215,8 @@ def test_an_npz_that_unpacks_to_a_huge_size(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["a," * 1_000_000 + "\n" + "1," * 1_000_000 + "\n",
-                                     "image,depth\n" + "x" * 1_000_000 + ",y\n", "\xff\xfe\x00"])
+                                     "image,depth\n" + "x" * 1_000_000 + ",y\n", "\xff\xfe\x00",
+                                     "image,depth," + "a," * 190 + "\n" + "a\n" * 100_000])
 def test_odd_tables(tmp_path, content):
     (tmp_path / "pairs.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises((ValueError, OSError), match="pairs.csv"):
@@ -225,6 +324,8 @@ def written(kind, path):
         iio.imwrite(path, rng.integers(0, 60_000, (20, 30), dtype=np.uint16))
     elif kind == "jpg":
         iio.imwrite(path, rng.integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    elif kind == "pfm":
+        path.write_bytes(b"Pf\n30 20\n-1.0\n" + rng.random((20, 30), dtype=np.float32).tobytes())
     elif kind == "npy":
         np.save(path, rng.random((20, 30)))
     elif kind == "npz":
@@ -236,7 +337,7 @@ def written(kind, path):
 
 
 READERS = {"png": files.read_png16, "jpg": files.read_rgb, "npy": read_depth, "npz": read_depth,
-           "hdf5": files.read_hdf5}
+           "hdf5": files.read_hdf5, "pfm": read_depth}
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -254,6 +355,19 @@ def test_spoiled_data_is_a_bad_sample_or_other_numbers(tmp_path, kind):
     assert refused > 90  # at least what was cut off
 
 
+def test_spoiled_tables_are_refused_or_read(tmp_path):
+    content = b"image,depth\n" + b"".join(b"rgb/%d.png,depth/%d.npy\n" % (i, i) for i in range(30))
+    refused = 0
+    for spoiled in mutations(content, 200, seed=5):
+        (tmp_path / "pairs.csv").write_bytes(spoiled)
+        try:
+            FolderOfPairs(tmp_path)
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert "pairs.csv" in str(error)
+    assert refused > 20  # cut off between two rows, a table is whole
+
+
 def test_spoiled_models_are_refused_or_open(tmp_path):
     content = small_model(tmp_path / "model.safetensors").read_bytes()
     refused = 0
@@ -268,13 +382,13 @@ def test_spoiled_models_are_refused_or_open(tmp_path):
     assert refused > 90
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
+@pytest.mark.parametrize("name", ["model.bin", "old.ckpt", "model.safetensors"])
 def test_spoiled_official_files_are_refused_or_open(tmp_path, name):
     tensors = {f"blocks.{i}.weight": torch.randn(40, 40) for i in range(4)}
     tensors["pos_embed"] = torch.randn(1, 5, 8)
     whole = tmp_path / name
-    if whole.suffix == ".bin":
-        torch.save(tensors, whole)
+    if whole.suffix != ".safetensors":  # before torch 1.6, files were not zipped
+        torch.save(tensors, whole, _use_new_zipfile_serialization=whole.suffix == ".bin")
     else:
         save_file(tensors, whole)
     path = tmp_path / f"spoiled{whole.suffix}"
