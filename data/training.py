@@ -1,10 +1,10 @@
 """The training set: samples of several data sets, drawn, normalised, resized and flipped."""
 
+import atexit
 import logging
-import os
+import multiprocessing
 import re
 import signal
-import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,7 +185,7 @@ def read_batches(training_set, sampler, workers, on_bad):
     training_set.reading = Reading(workers)
     loader = DataLoader(training_set, batch_sampler=sampler, num_workers=workers,
                         collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                        worker_init_fn=heed_only_the_parent,
+                        worker_init_fn=leave_signals_to_the_parent,
                         prefetch_factor=4 if workers else None)
     drawn, count, bad = 0, 0, {}
     for batch in one_sentence_errors(loader, training_set.reading):
@@ -209,6 +209,7 @@ def one_sentence_errors(loader, reading):
     """
     try:
         batches = iter(loader)
+        atexit.register(end_readers)
         # For a worker that dies, torch raises wherever the program is at that moment. Without its
         # handler the loader notices, when its next batch is wanted.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -224,19 +225,16 @@ def one_sentence_errors(loader, reading):
                          "--workers.") from error
 
 
-def heed_only_the_parent(worker):
-    """A scheduler or a terminal may signal the workers, too: they end when their parent wants."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+def leave_signals_to_the_parent(worker):
+    """A scheduler or a terminal may signal the workers, too: they end when their parent does."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_with_the_parent, daemon=True).start()
 
 
-def end_with_the_parent():
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def end_readers():
+    """Ends the workers that are left at exit, where Python's way is SIGTERM and to wait."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Reading:

@@ -1,5 +1,10 @@
 """data/training.py: telling data sets apart, samples as a pure function of k, replacement."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -207,6 +212,25 @@ def test_a_data_set_that_is_all_torn_is_one_sentence(workers):
         next(read_batches(samples, sampler, workers, print))
     assert str(caught.value).startswith("rooms: 100 samples in a row can't be used, the last being")
     assert "\n" not in str(caught.value)
+
+
+LEFT = """
+from data.sampler import StepBatchSampler
+from data.training import read_batches
+from tests.test_training_set import SIZE, Rooms, training_set
+samples = training_set([Rooms()], probabilities=[1.0], sizes=[SIZE])
+batches = read_batches(samples, StepBatchSampler(3, 8, 8, [1.0], [SIZE], 0, 500), 2, print)
+next(batches)
+raise ValueError("in the midst of reading")
+"""
+
+
+def test_a_program_that_fails_does_not_wait_for_its_readers():
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join((str(root), str(root / "tests")))
+    done = subprocess.run([sys.executable, "-c", LEFT], cwd=root, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": paths}, timeout=60)
+    assert done.returncode == 1 and "in the midst of reading" in done.stderr
 
 
 # ---- real readers ----
