@@ -250,6 +250,8 @@ def main():
     args = parser.parse_args()
 
     if args.parts == ["publish"]:
+        if not args.ckpt:
+            parser.error("publish needs --ckpt, the model to publish")
         DepthMaster.from_file(args.ckpt).save(args.out / "miniature.safetensors", torch.float16)
         return
     scenes = load(args.scenes)

@@ -7,7 +7,7 @@ import torch
 from data.hypersim import Hypersim
 from data.transforms import normalise_target
 from metrics import evaluate_dataset, mean_scores, score
-from miniature import embedded, render
+from miniature import embedded, pretrain, render
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 
@@ -78,3 +78,10 @@ def test_the_teacher_tells_places_apart(held_out):
         within.append(similar[same].mean().item())
         across.append(similar[~same].mean().item())
     assert np.mean(within) > np.mean(across) + 0.2
+
+
+def test_publishing_needs_a_model(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "publish"])
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main()
+    assert stopped.value.code == 2 and "publish needs --ckpt" in capsys.readouterr().err
