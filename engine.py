@@ -82,15 +82,25 @@ class Ranks:
 
 
 def start(device="auto"):
-    """Joins the job that torchrun started, if any. `auto`: CUDA, else Apple's MPS, else CPU."""
+    """Joins the job that torchrun started, if any. `auto`: CUDA, else Apple's MPS, else CPU.
+
+    ValueError if there is no such device.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save", before there is anything to save
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(device))
-    if device == "cuda":
+    alone = "RANK" not in os.environ
+    if device == "cuda" and not alone:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} can't be used ({str(error).splitlines()[0]}): choose "
+                         "cuda, mps or cpu, or leave it out.") from error
+    if alone:
+        return Ranks(0, 1, torch.device(device))
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
@@ -351,11 +361,11 @@ def add_training_options(parser, steps, lr):
     add("--steps", type=positive, default=steps, help="optimizer steps (%(default)s)")
     add("--batch", type=positive, default=32, help="samples per step, all ranks (%(default)s)")
     add("--micro-batch", type=positive, default=1, help="samples at once, per rank (%(default)s)")
-    add("--lr", type=float, default=lr, help="peak learning rate (%(default)s)")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up (%(default)s)")
+    add("--lr", type=not_negative, default=lr, help="peak learning rate (%(default)s)")
+    add("--warmup", type=whole, default=100, help="steps of linear warm-up (%(default)s)")
     add("--decay-steps", type=positive, default=25_000,
         help="step at which the rate has fallen to 1 %% (%(default)s)")
-    add("--clip-gradient", type=float, metavar="NORM", help="largest norm of a step's gradient")
+    add("--clip-gradient", type=not_negative, metavar="NORM", help="largest norm of a step's gradient")
     add("--extend", action="store_true", help="resume a run that had fewer --steps")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -364,7 +374,7 @@ def add_training_options(parser, steps, lr):
     add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
         default="auto", help="recompute activations in the backward pass: less memory, a third "
         "more time; auto: where they would not fit")
-    add("--workers", type=int, default=2, help="processes that read data, per rank (%(default)s)")
+    add("--workers", type=whole, default=2, help="processes that read data, per rank (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--log-every", type=positive, default=10, help="steps (%(default)s)")
     add("--save-every", type=positive, default=500, help="steps (%(default)s)")
@@ -377,3 +387,20 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
     return int(text)
+
+
+def whole(text):
+    """argparse type: a whole number, 0 or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or above, not {text}")
+    return int(text)
+
+
+def not_negative(text):
+    """argparse type: a number, 0 or above."""
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number, 0 or above, not {text}")

@@ -1,5 +1,6 @@
 """engine.py: the learning rate, the step over micro-batches, signals, progress."""
 
+import argparse
 import json
 import math
 import signal
@@ -259,3 +260,19 @@ def test_activations_are_recomputed_where_they_would_not_fit(monkeypatch, capsys
     assert "are recomputed" in capsys.readouterr().err
     monkeypatch.undo()
     assert 2**28 < engine.free_memory(torch.device("cpu")) < 2**50
+
+
+def test_a_device_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="--device nonsense can't be used"):
+        engine.start("nonsense")
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (engine.positive, ["1", "32"], ["0", "-1", "1.5", "x"]),
+    (engine.whole, ["0", "32"], ["-1", "1.5", "x"]),
+    (engine.not_negative, ["0", "3e-5"], ["-1", "nan", "inf", "x"])])
+def test_option_types(kind, good, bad):
+    assert [kind(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)
