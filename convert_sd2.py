@@ -14,14 +14,14 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import engine
 from nets import checkpoint
 from nets.depthmaster import KINDS, DepthMaster
 from nets.export import write_diffusers
 from nets.official import fit, open_source
-from nets.text import TextEncoder
+from nets.text import EMPTY_PROMPT, TextEncoder
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
@@ -99,16 +99,26 @@ def text_constant(source, path):
     """
     if source.exported:
         header = checkpoint.read_header(source.exported, kinds=KINDS)
-        with safe_open(source.exported, framework="pt") as file:
-            text = file.get_tensor("text_embedding").float()
         names = ("target", "train_size", "processing_res")
-        about = {name: header["config"][name] for name in names}
+        try:
+            with safe_open(source.exported, framework="pt") as file:
+                text = file.get_tensor("text_embedding").float()
+            about = {name: header["config"][name] for name in names}
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{source.exported} is damaged ({error}): export the model "
+                             "again.") from None
+        if text.ndim != 2:
+            raise ValueError(f"{source.exported} is damaged: export the model again.")
         return text, dict(kind=header["kind"], licence=header["licence"], config=about)
     if "text" not in source.parts:
         raise ValueError(f"{path} has no text encoder, of which the empty prompt's embedding is "
                          "needed: add text_encoder/ of the same Stable Diffusion 2 to the folder, "
                          "or take a single file that has cond_stage_model.*.")
     sizes, tensors = fit(source.parts["text"])
+    if sizes["vocabulary"] <= max(EMPTY_PROMPT) or sizes["positions"] < len(EMPTY_PROMPT):
+        raise ValueError(f"{path}: the text encoder has {sizes['vocabulary']} words in "
+                         f"{sizes['positions']} places, too few for the empty prompt: it is of "
+                         "another model.")
     with torch.device("meta"):
         encoder = TextEncoder(**sizes)
     encoder.load_state_dict(tensors, assign=True)

@@ -365,7 +365,8 @@ def add_training_options(parser, steps, lr):
     add("--warmup", type=whole, default=100, help="steps of linear warm-up (%(default)s)")
     add("--decay-steps", type=positive, default=25_000,
         help="step at which the rate has fallen to 1 %% (%(default)s)")
-    add("--clip-gradient", type=not_negative, metavar="NORM", help="largest norm of a step's gradient")
+    add("--clip-gradient", type=not_negative, metavar="NORM",
+        help="largest norm of a step's gradient")
     add("--extend", action="store_true", help="resume a run that had fewer --steps")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",

@@ -3,23 +3,31 @@
 An image comes back many times in a training, in two flips; the frozen networks say the same each
 time. `fill` asks them once per sample and flip; `CachedTrainingSet` then reads entries in place of
 samples, in the same order. An entry is one file, complete or absent; what was made from another
-model, target or size lies in another folder, named by a fingerprint.
+model, target or size lies in another folder, named by a fingerprint. What all will take is known
+from the first one.
 """
 
 import hashlib
 import json
+import math
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.training import TrainingSet, collate
+from data.training import (
+    Reading, TrainingSet, collate, leave_signals_to_the_parent, one_sentence_errors,
+)
 from data.transforms import BadSample, FilteredSample
 
 BAD = ".bad.json"  # in place of an entry: why the sample can't be used
+BLOCK = 4096  # bytes, of which files take whole ones
 
 
 def fingerprint(settings, files):
@@ -46,11 +54,15 @@ class CachedTrainingSet(TrainingSet):
     def prepared(self, number, index, flip):
         entry = self.entry(number, index, flip)
         bad = entry.with_name(entry.name + BAD)
-        if bad.exists():
+        try:
+            if not bad.exists():
+                tensors = load_file(f"{entry}.safetensors")
+                return dict(tensors, name=self.sources[number].name(index))
             reason, filtered = json.loads(bad.read_text())
-            raise (FilteredSample if filtered else BadSample)(reason)
-        tensors = load_file(f"{entry}.safetensors")
-        return dict(tensors, name=self.sources[number].name(index))
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            raise ValueError(f"{entry}* in the cache is missing or damaged ({error}): remove what "
+                             "is left of it and give the same command again.") from error
+        raise (FilteredSample if filtered else BadSample)(reason)
 
 
 class Missing(Dataset):
@@ -75,6 +87,8 @@ class Missing(Dataset):
     def __getitem__(self, place):
         number, index, flip = self.todo[place]
         entry = self.cached.entry(number, index, flip)
+        if self.cached.reading:
+            self.cached.reading.note(entry.name)
         try:
             sample = TrainingSet.prepared(self.cached, number, index, flip)
         except BadSample as error:
@@ -82,25 +96,60 @@ class Missing(Dataset):
         return entry, collate([dict(sample, replaced=[])]), None
 
 
+    def bytes_like(self, place, tensors):
+        """What the entries that are missing take, if the one at `place` is these tensors."""
+        def size(number):
+            bytes_ = sum(tensor.nbytes for tensor in tensors.values())
+            share = math.prod(self.cached.sizes[number]) / math.prod(
+                self.cached.sizes[self.todo[place][0]])
+            return (bytes_ * share // BLOCK + 1) * BLOCK
+        return int(sum(size(number) for number, _, _ in self.todo))
+
+
 def fill(cached, frozen, dtype, workers, rank=0, world=1):
     """Computes the entries that are absent; each rank its share.
 
-    frozen(batch) -> {name: tensor of batch 1}; floating-point tensors are kept in dtype.
+    frozen(batch) -> {name: tensor of batch 1}; floating-point tensors are kept in dtype. OSError if
+    they would not fit on the disk: told after the first of them.
     """
-    loader = DataLoader(Missing(cached, rank, world), batch_size=None, num_workers=workers)
-    for entry, batch, bad in tqdm(loader, desc="filling the cache", disable=rank > 0):
+    reading = cached.reading = Reading(workers)
+    missing = Missing(cached, rank, world)
+    loader = DataLoader(missing, batch_size=None, num_workers=workers,
+                        worker_init_fn=leave_signals_to_the_parent)
+    rows = one_sentence_errors(loader, reading)
+    sized = rank > 0  # the first rank speaks for all
+    for place, (entry, batch, bad) in enumerate(
+            tqdm(rows, desc="filling the cache", disable=rank > 0, total=len(missing))):
         if bad:
             write(entry.with_name(entry.name + BAD), lambda path: path.write_text(json.dumps(bad)))
             continue
         tensors = {name: value[0].to("cpu", dtype if value.is_floating_point() else None)
                    for name, value in frozen(batch).items()}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
+        if not sized:
+            check_room(cached.folder, world * missing.bytes_like(place, tensors))
+            sized = True
         write(entry.with_name(f"{entry.name}.safetensors"),
               lambda path: save_file(tensors, path))
 
 
+def check_room(folder, needed):
+    """Says what the cache will take; OSError if there is not so much."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"the cache in {folder} would take {needed:,} bytes more, {free:,} are free: "
+                      "make room, choose another --cache, or leave it out.")
+    tqdm.write(f"The cache in {folder} will take {needed:,} bytes more, {free:,} are free.",
+               file=sys.stderr)
+
+
 def write(path, save):
-    """save(temporary path), then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    """save(temporary path), then renamed; other jobs that fill the same cache have other names."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written ({error}): make room and give the same command "
+                      "again, it goes on from there.") from error

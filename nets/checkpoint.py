@@ -12,13 +12,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 FORMAT = 1
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
 KEY = "depthmaster"
 MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
            "stage2": "train_stage2.py"}
+# In the order in which the library writes them, last to first.
+DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
+          torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
+          torch.float64: "F64", torch.int64: "I64"}
+REPEATED = {"layers", "depth"}  # sizes that count parts of a network
 PART = 1 << 27  # bytes that are converted before a file is mapped anew
 
 
@@ -32,22 +36,33 @@ def save(path, tensors, header):
     try:
         write_tensors(temporary, tensors, metadata)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path, tensors, metadata):
-    """A .safetensors file with the permissions of any new file (the library's: its owner's)."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} can't be written: {error}") from error
-    with open(path, "rb") as file:
+    """A .safetensors file, byte for byte the library's, which would need a copy of all tensors.
+
+    (It takes contiguous ones only, and a trainer's are channels last.)
+    """
+    kinds = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (-kinds.index(tensors[name].dtype), name))
+    header, end = {"__metadata__": metadata}, 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            values = tensors[name].detach().cpu().contiguous()
+            file.write(values.flatten().view(torch.uint8).numpy().data)
+        file.flush()
         os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
 
 
 def read_header(path, kinds=tuple(MADE_BY)):
@@ -92,6 +107,9 @@ def parsed(text, path):
 def modest(value, depth=4):
     """Whether plain values could be a network's sizes, which building it relies on."""
     if isinstance(value, dict):
+        counts = [value[name] for name in REPEATED & value.keys()]
+        if not all(isinstance(count, int) and count <= 100 for count in counts):
+            return False
         value = list(value.values())
     if isinstance(value, list):
         return depth > 0 and len(value) <= 32 and all(modest(part, depth - 1) for part in value)
@@ -107,7 +125,8 @@ def build(constructor, config, path, device="cpu", dtype=None):
     try:
         with torch.device("meta"):
             module = constructor(**config)
-    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError, AttributeError,
+            AssertionError) as error:
         raise ValueError(f"{path} describes a model that can't be built ({error}): convert or copy "
                          "it again.") from error
     expected = module.state_dict()

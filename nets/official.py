@@ -7,6 +7,7 @@ mapped, not read, as far as their format allows.
 
 import json
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,12 +83,17 @@ def fit(part, dtype=torch.float32):
               if ours[name]}
     try:
         found = sizes(part.net, shapes, part.settings)
+        if not checkpoint.modest(found):
+            raise ValueError(f"{found} are no network's sizes: it or its config.json is damaged.")
         with torch.device("meta"):
             expected = NETWORKS[part.net](**found).state_dict()
     except KeyError as error:
         raise mismatch(part.origin, missing=layouts.their_names(error.args[0], layout)) from None
     except ValueError as error:
         raise ValueError(f"{part.origin}: {error}") from None
+    except (TypeError, ArithmeticError, LookupError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{part.origin}: its tensors or its config.json describe no network that "
+                         f"can be built ({error}): download both again.") from None
     expected.pop("text_embedding", None)  # a constant of ours, filled later
     wanted = {name: layouts.their_names(name, layout) for name in expected}
     unknown = [name for name in part.tensors if ours[name] not in expected]
@@ -116,7 +122,10 @@ def likely_cause(names):
 def brought(part, names, shape, dtype):
     """Their tensors as one of ours: stacked, reshaped, cast, checked."""
     tensors = [part.tensors[name] for name in names]
-    tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    try:
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    except RuntimeError:  # one of them has another width; alone, none has the shape
+        tensor = tensors[0]
     if without_kernel(tensor.shape) != without_kernel(shape):
         raise ValueError(f"{part.origin}: {names[0]} has shape {tuple(tensor.shape)}, but "
                          f"{tuple(shape)} is needed: it or its config.json is of another model.")
@@ -219,8 +228,8 @@ def unused_blocks(names):
 
     Some tools leave it out of the file as well, so where the size is known the number counts.
     """
-    width = names["ln_final.weight"].shape[0] if "ln_final.weight" in names else 0
-    blocks = layouts.count("transformer.resblocks.#", names)
+    width = names["ln_final.weight"].numel() if "ln_final.weight" in names else 0
+    blocks = min(layouts.count("transformer.resblocks.#", names), len(names))
     used = 23 if width == 1024 else blocks - 1
     return [rf"transformer\.resblocks\.{i}\..*" for i in range(max(used, 0), blocks)]
 
@@ -235,7 +244,7 @@ def open_dinov2(file, tensors):
     elif "pretrained.pos_embed" in tensors:
         layout = "the encoder of Depth-Anything-V2"
         tensors = stripped(without(tensors, DEPTH_ANYTHING_EXTRAS, ignored), "pretrained.", file)
-        small = tensors["pos_embed"].shape[-1] <= 384
+        small = tuple(tensors["pos_embed"].shape[-1:]) <= (384,)
         licence = f"{'Apache-2.0' if small else 'CC-BY-NC-4.0'} (Depth-Anything-V2)"
     part = Part("dinov2", file.name, tensors, settings)
     return Source("dinov2", layout, {"dinov2": part}, {file.name: file}, licence, ignored)
@@ -259,9 +268,12 @@ def read_settings(file):
     """config.json beside a file of weights; empty where there is none."""
     config = file.with_name("config.json")
     try:
-        return json.loads(config.read_text()) if config.is_file() else {}
-    except ValueError as error:
+        settings = json.loads(config.read_text()) if config.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is not valid JSON ({error}): download it again.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config} is not a table of settings: download it again.")
+    return settings
 
 
 def read_tensors(file):
@@ -289,7 +301,8 @@ def read_pickle(file):
     with open(file, "rb") as opened:
         mapped = zipfile.is_zipfile(opened)  # files from before torch 1.6 are none
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"):  # of odd protocols, of sparse tensors
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can make the library raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
@@ -300,10 +313,18 @@ def read_pickle(file):
                          "something else, so download it again.") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+    if not isinstance(content, dict) or not all(
+            isinstance(name, str) and plain(tensor) for name, tensor in content.items()):
         raise ValueError(f"{file} does not hold a plain table of named tensors: take the file with "
                          "the model's weights.")
     return content
+
+
+def plain(tensor):
+    """Whether it is a tensor with memory for each of its values; others stand for endless ones."""
+    return (torch.is_tensor(tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+            and tensor.device.type == "cpu"
+            and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
 def without(tensors, pattern, ignored):

@@ -1,12 +1,14 @@
 """data/cache.py: entries are complete or absent, in the right folder, and shared by ranks."""
 
 import json
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
+from data import cache
 from data.cache import BAD, CachedTrainingSet, fill, fingerprint
 from data.pairs import FolderOfPairs
 from data.training import TrainingSet, collate
@@ -76,6 +78,45 @@ def test_ranks_share_the_work(cached):
              rank, 2)
     fill(cached, lambda batch: pytest.fail("computed twice"), torch.float32, 0)
     assert len(seen) == 6  # of 8, two are bad
+
+
+def test_it_is_sized_before_it_starts(cached, capsys, monkeypatch):
+    cached.sources = cached.sources * 2  # the second one's size is twice the first's
+    cached.sizes = [(16, 24), (32, 24)]
+    monkeypatch.setattr(cache, "BLOCK", 1)
+    fill(cached, frozen, torch.float32, workers=0)
+    one = 4 * 6 + 1  # six values and a cell; twice that in the second one, and a block begun
+    assert f"will take {8 * (one + 1) + 8 * (2 * one + 1):,} bytes more" in capsys.readouterr().err
+    fill(cached, frozen, torch.float32, workers=0)
+    assert "will take" not in capsys.readouterr().err  # nothing is missing
+
+
+def test_what_does_not_fit_is_refused_after_the_first_entry(cached, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    calls = []
+    with pytest.raises(OSError, match=r"would take 32,768 bytes more, 20,000 are free"):
+        fill(cached, lambda batch: calls.append(1) or frozen(batch), torch.float32, workers=0)
+    assert len(calls) == 1 and entries(cached) == []
+
+
+def test_a_full_disk_leaves_no_half_entry(cached, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(OSError, match="rgb~0.safetensors can't be written .*No space"):
+        fill(cached, frozen, torch.float32, workers=0)
+    assert entries(cached) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_a_damaged_entry_is_named(cached, content):
+    fill(cached, frozen, torch.float32, workers=0)
+    for path in (cached.folder / "0").iterdir():
+        path.write_bytes(content) if content is not None else path.unlink()
+    with pytest.raises(ValueError, match="rgb~.* in the cache is missing or damaged"):
+        cached[0]
 
 
 def test_fingerprint_depends_on_settings_and_contents(tmp_path):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from convert_sd2 import convert
 from data import files
 from data.hypersim import Hypersim
 from data.pairs import FolderOfPairs, read_depth
@@ -25,6 +26,7 @@ from data.transforms import BadSample
 from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.official import open_source
+from tests.fixtures.sources import write_network
 from tests.small_runs import UNET, VAE
 
 
@@ -257,6 +259,33 @@ def test_pickles_with_code_are_refused(tmp_path, name):
         open_source(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", [
+    {1: torch.ones(2)}, {"pos_embed": torch.ones(2, 2).to_sparse()}, [torch.ones(2)],
+    {"pos_embed": torch.empty(1, 5, 8, device="meta")}, {"pos_embed": torch.ones(())},
+    {"pos_embed": torch.ones(1).expand(10**6, 10**6)}, {"pretrained.pos_embed": torch.ones(())},
+    {"model.diffusion_model.conv.weight": torch.ones(1),
+     "cond_stage_model.model.transformer.resblocks.999999999.ln_1.weight": torch.ones(1)},
+])
+def test_pickles_of_odd_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="model.pth"):
+        convert(tmp_path / "model.pth", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", [
+    "[]", "3", "[" * 100_000, {"num_hidden_layers": 10**9}, {"num_hidden_layers": "2"},
+    {"hidden_size": 10**12}, {"hidden_size": []}, {"num_attention_heads": 0}, {"patch_size": -1}])
+def test_a_config_that_lies(tmp_path, change):
+    write_network(tmp_path, "dinov2_gelu", "model.safetensors")
+    config = tmp_path / "config.json"
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(config.read_text()) | change)
+    config.write_text(change)
+    with pytest.raises(ValueError, match="config.json|model.safetensors"):
+        convert(tmp_path, tmp_path / "out.safetensors")
+
+
 def small_model(path):
     torch.manual_seed(0)
     DepthMaster(vae=VAE, unet=UNET, train_size=(32, 48), processing_res=48).save(path)
@@ -264,7 +293,7 @@ def small_model(path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(config={"unet": {"layers": 10**9}}), dict(config={"unet": {"channels": [8] * 10**6}}),
+    dict(config={"unet": {"layers": 10**9}}), dict(config={"unet": {"layers": 50_000}}), dict(config={"unet": {"channels": [8] * 10**6}}),
     dict(config={"vae": {"channels": "abc"}}), dict(config={"unet": {"surprise": 1}}),
     dict(config=[]), dict(format="x"), dict(sources=3),
 ])
