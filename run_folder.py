@@ -61,7 +61,8 @@ def open_run(folder, options, ranks, extend=False):
             (folder / LOG).unlink(missing_ok=True)
         return None
     before = read_options(folder / OPTIONS)
-    same = {"steps": options["steps"]} if extend and before.get("steps", 0) < options["steps"] else {}
+    longer = extend and before.get("steps", 0) < options["steps"]
+    same = {"steps": options["steps"]} if longer else {}
     changed = [f"{name}: {before.get(name)} then, {options.get(name)} now"
                for name in sorted(before.keys() | options.keys())
                if (before | same).get(name) != options.get(name)]

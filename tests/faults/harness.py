@@ -46,6 +46,46 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+POISON = """
+import engine, {script}
+original, steps = engine.optimizer_step, iter(range(10**9))
+def poisoned(objective, *rest):
+    parameter = next(p for p in objective.parameters() if p.requires_grad)
+    bad = next(steps) % {every} == {every} - 1
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if bad else None
+    try:
+        return original(objective, *rest)
+    finally:
+        hook and hook.remove()
+engine.optimizer_step = poisoned
+engine.run({script}.main)
+"""
+
+
+def poisoned(command, folder, every):
+    """The command of a trainer, of which every so many steps' gradients are not finite."""
+    driver = folder / f"poisoned {every}.py"
+    driver.write_text(POISON.format(script=command[0].removesuffix(".py"), every=every))
+    return [driver, *command[1:]]
+
+
+def skipped(out):
+    """How many steps a run has skipped."""
+    return (out / "log.jsonl").read_text().count('"skipped"')
+
+
+def rows_of(out):
+    """How many rows a run has logged."""
+    log = out / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def ranks_of(process):
+    """The processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
 def kill_at_random(command, out, kills, seconds, rng):
     """Starts a run again and again and kills it, every third time while it saves.
 
@@ -142,6 +182,54 @@ def soak_truncations(data, rng, folder, count=40):
     yield f"{count} truncated checkpoints", f"{good} resumed from the one before, model identical"
 
 
+def soak_poison(data, folder):
+    command, out = commands(data, 40)["stage 1"], folder / "poisoned"
+    code, said = finish([*poisoned(command, folder, 3), "--out", out])
+    yield "every third gradient not finite", (
+        f"{skipped(out)} of 40 steps skipped, finished" if code == 0 else said[-500:])
+    code, said = finish([*poisoned(command, folder, 1), "--out", folder / "poison"])
+    stopped = code == 1 and "10 steps in a row" in said and "Traceback" not in said
+    saved = (folder / "poison" / "state.pt").exists()
+    yield "every gradient not finite", (
+        f"one sentence, {'something' if saved else 'nothing'} saved" if stopped else said[-500:])
+
+
+def soak_removed_files(data, rng, folder):
+    """Frames vanish one by one while they are trained on."""
+    places = [Path(place) for place in data if Path(place).is_dir()]
+    copies = {place: folder / "vanishing" / place.name for place in places}
+    for place, copy in copies.items():
+        shutil.copytree(place, copy)
+    command = commands([copies.get(word, word) for word in data], 10**4)["stage 1"]
+    process = start([*command, "--out", folder / "losing"])
+    files = sorted((folder / "vanishing" / "hypersim").rglob("*.hdf5"))
+    while not (folder / "losing" / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    while files and process.poll() is None:
+        files.pop(rng.randrange(len(files))).unlink()
+        time.sleep(0.1)
+    said, code = process.communicate()[0], process.returncode
+    clear = code == 1 and "can't be used" in said and "Traceback" not in said
+    yield "all depth maps removed, one by one", (
+        f"{said.count('Replaced a bad sample')} replaced, then one sentence" if clear
+        else f"UNCLEAR, exit code {code}: {said[-500:]}")
+
+
+def soak_broken_rank(data, rng, folder, count=3):
+    command, out, longest = commands(data, 60)["stage 1"], folder / "ranks", 0
+    for number in range(count):
+        process = start([*command, "--out", out], ranks=2)
+        while process.poll() is None and rows_of(out) < 8 + 6 * number:
+            time.sleep(0.1)
+        began = time.monotonic()
+        os.kill(rng.choice(ranks_of(process)), signal.SIGKILL)
+        process.communicate()
+        longest = max(longest, time.monotonic() - began)
+    code, said = finish([*command, "--out", out], ranks=2)
+    yield f"{count} killed ranks of 2", f"job gone in {longest:.0f} s at most, " + (
+        "finished when resumed" if code == 0 and "Resuming" in said else said[-500:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -153,7 +241,9 @@ def main():
         folder = Path(folder)
         data = scenes_of(folder / "scenes")
         for rows in (soak_kills(data, args.steps, args.kills, rng, folder),
-                     soak_full_disk(data, rng, folder), soak_truncations(data, rng, folder)):
+                     soak_full_disk(data, rng, folder), soak_truncations(data, rng, folder),
+                     soak_poison(data, folder), soak_removed_files(data, rng, folder),
+                     soak_broken_rank(data, rng, folder)):
             for what, result in rows:
                 print(f"{what:<40}{result}", flush=True)
 

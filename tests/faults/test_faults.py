@@ -7,12 +7,13 @@ import resource
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.faults.harness import finish, kill, kill_at_random, sha256, start
+from tests.faults.harness import (
+    finish, kill_at_random, poisoned, ranks_of, rows_of, sha256, skipped, start,
+)
 from tests.small_runs import SHORT, files
 
 RUN = [*SHORT, "--validate-every", 999, "--save-every", 2, "--steps", 12]
@@ -154,13 +155,23 @@ def test_a_worker_that_dies_is_reported_with_its_file(files, tmp_path):
 
 def started(command, out, ranks=1):
     """A run that has done some steps."""
-    log = out / "log.jsonl"
-    before = log.read_text() if log.exists() else ""
+    before = rows_of(out)
     process = start([*command, "--out", out], ranks)
-    while not log.exists() or log.read_text().count("\n") < before.count("\n") + 3:
+    while rows_of(out) < before + 3:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     return process
+
+
+def test_gradients_that_are_not_finite(files, tmp_path):
+    out = tmp_path / "run"
+    code, said = finish([*poisoned(stage1(files), tmp_path, 3), "--out", out])
+    assert code == 0 and skipped(out) == 4 and "Step 12 was skipped" in said
+    command = [*poisoned(stage2(files, "--save-every", 99), tmp_path, 1), "--out", tmp_path / "bad"]
+    code, said = finish(command)
+    assert code == 1 and skipped(tmp_path / "bad") == 10 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("error: 10 steps in a row had a loss or")
+    assert not (tmp_path / "bad" / "state.pt").exists()
 
 
 def test_a_signal_for_all_processes_at_once_is_for_the_first(files, tmp_path):
@@ -181,9 +192,8 @@ def test_a_signal_for_all_processes_at_once_is_for_the_first(files, tmp_path):
 
 def test_a_rank_that_is_killed_ends_the_job(files, tmp_path):
     process = started(stage1(files, "--steps", 4000, "--workers", 1), tmp_path / "run", ranks=2)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     began = time.monotonic()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     said = process.communicate()[0]
     assert process.returncode == 1 and "exitcode  : -9" in said
     assert "error: rank 0 can't reach the others" in said and "[rank0]: Traceback" not in said
