@@ -293,7 +293,8 @@ def small_model(path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(config={"unet": {"layers": 10**9}}), dict(config={"unet": {"layers": 50_000}}), dict(config={"unet": {"channels": [8] * 10**6}}),
+    dict(config={"unet": {"layers": 10**9}}), dict(config={"unet": {"layers": 50_000}}),
+    dict(config={"unet": {"channels": [8] * 10**6}}),
     dict(config={"vae": {"channels": "abc"}}), dict(config={"unet": {"surprise": 1}}),
     dict(config=[]), dict(format="x"), dict(sources=3),
 ])

@@ -230,7 +230,7 @@ def test_pictures_of_one_size_are_predicted_together(tmp_path, ckpt, monkeypatch
     for batch, expected in ((1, [1] * 5), (2, [2, 1, 1, 1])):
         seen.clear()
         assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--out", tmp_path / f"out{batch}",
-                    "--save", "npy", "--batch", batch) == 1
+                    "--save", "npy", "--batch", batch, *FLOAT32) == 1
         assert seen == expected
     for seed in range(5):
         alone, together = (np.load(tmp_path / f"out{batch}/{seed}.npy") for batch in (1, 2))
