@@ -15,6 +15,7 @@ from tests.faults.harness import (
     finish, kill_at_random, poisoned, ranks_of, rows_of, sha256, skipped, start,
 )
 from tests.small_runs import SHORT, files
+from tests.test_hostile import mutations
 
 RUN = [*SHORT, "--validate-every", 999, "--save-every", 2, "--steps", 12]
 GRADIENTS = """
@@ -161,6 +162,34 @@ def started(command, out, ranks=1):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     return process
+
+
+def test_spoiled_files_on_the_command_line(files, tmp_path):
+    """Forty of each kind: one line for each that is refused, the others' results are written."""
+    for kind, suffix in (("rgb", "png"), ("depth", "npy")):
+        whole = (files / f"pairs/train/{kind}/0.{suffix}").read_bytes()
+        (tmp_path / "pairs" / kind).mkdir(parents=True)
+        for number, content in enumerate(mutations(whole, 40, seed=6)):
+            (tmp_path / f"pairs/{kind}/{number}.{suffix}").write_bytes(content)
+    out = tmp_path / "out"
+    commands = [["predict.py", tmp_path / "pairs/rgb", "--ckpt", files / "stage1.safetensors",
+                 "--save", "npy", "--device", "cpu"],
+                stage1(files, "--data", tmp_path / "pairs", "--preflight")]
+    for command in commands:
+        code, said = finish([*command, "--out", out])
+        assert code == 1 and "Traceback" not in said
+        refused = ("left out: ", "can't be read: ")
+        assert sum(any(words in line for words in refused) for line in said.splitlines()) >= 20
+    assert {path.suffix for path in out.rglob("*.*")} <= {".npy"}
+
+
+@pytest.mark.parametrize("name, share", [("sd2", 0.5), ("dinov2", 0.01)])
+def test_a_spoiled_model_on_the_command_line(files, tmp_path, name, share):
+    content, path = (files / f"{name}.safetensors").read_bytes(), tmp_path / "spoiled.safetensors"
+    path.write_bytes(content[:int(share * len(content))])
+    code, said = finish(stage1(files, f"--{name}", path, "--out", tmp_path / "run"))
+    assert code == 1 and "Traceback" not in said
+    assert f"error: {path} is not a readable" in said.strip().splitlines()[-1]
 
 
 def test_gradients_that_are_not_finite(files, tmp_path):
