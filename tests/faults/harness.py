@@ -196,7 +196,7 @@ def soak_poison(data, folder):
 
 def soak_removed_files(data, rng, folder):
     """Frames vanish one by one while they are trained on."""
-    places = [Path(place) for place in data if Path(place).is_dir()]
+    places = [place for place in data if isinstance(place, Path)]
     copies = {place: folder / "vanishing" / place.name for place in places}
     for place, copy in copies.items():
         shutil.copytree(place, copy)
