@@ -22,6 +22,8 @@ MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train
 DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
           torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
           torch.float64: "F64", torch.int64: "I64"}
+TARGETS = ("sqrt_disparity", "disparity", "depth")
+LONGEST = (8, 8192)  # sides that an image may have in training and prediction
 REPEATED = {"layers", "depth"}  # sizes that count parts of a network
 PART = 1 << 27  # bytes that are converted before a file is mapped anew
 
@@ -95,13 +97,22 @@ def parsed(text, path):
     """The header as a dict with all its entries. ValueError if it is damaged."""
     try:
         header = json.loads(text)
-        whole = isinstance(header["config"], dict) and modest(header["config"]) and all(
+        config = header["config"]
+        whole = isinstance(config, dict) and modest(config) and usable(config) and all(
             isinstance(header[name], kind) for name, kind in ENTRIES.items())
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} has a damaged header: convert or copy it again.")
     return header
+
+
+def usable(config):
+    """Whether what a model's file says of its use, where it says it, is what users of it expect."""
+    height, width = config.get("train_size", (LONGEST[0], LONGEST[0]))
+    sides = (height, width, config.get("processing_res", LONGEST[0]))
+    return config.get("target", TARGETS[0]) in TARGETS and all(
+        isinstance(side, int) and LONGEST[0] <= side <= LONGEST[1] for side in sides)
 
 
 def modest(value, depth=4):

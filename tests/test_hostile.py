@@ -297,6 +297,9 @@ def small_model(path):
     dict(config={"unet": {"channels": [8] * 10**6}}),
     dict(config={"vae": {"channels": "abc"}}), dict(config={"unet": {"surprise": 1}}),
     dict(config=[]), dict(format="x"), dict(sources=3),
+    dict(config={"processing_res": "abc"}), dict(config={"processing_res": 100_000}),
+    dict(config={"target": "nonsense"}), dict(config={"train_size": ["a", "b"]}),
+    dict(config={"train_size": []}),
 ])
 def test_headers_that_lie(tmp_path, change):
     path = small_model(tmp_path / "model.safetensors")
