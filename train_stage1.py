@@ -171,7 +171,7 @@ def main():
     if args.preflight:
         return check_data(training_set, held_out, args.workers)
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
-    first = run_folder.resume(args.out, state, trained, optimizer, args.steps)
+    first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
                         depth_scale=args.depth_scale, autocast=str(dtype))
@@ -203,7 +203,8 @@ def main():
             if ranks.first and held_out and not leave and (
                     last or done % args.validate_every == 0):
                 check(model, held_out, args.validate_images, dtype, args.out, done, log)
-            if ranks.first and (last or leave or save or done % args.save_every == 0):
+            due = done % args.save_every == 0 and not progress.bad  # not amid steps gone wrong
+            if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, trained, optimizer, model)
             if leave:
                 engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
