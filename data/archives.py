@@ -4,6 +4,7 @@ import os
 import tarfile
 from pathlib import Path, PurePosixPath
 
+from data.files import check_bytes
 from data.transforms import BadSample
 
 
@@ -22,6 +23,7 @@ class Folder:
     def read(self, name):
         """The bytes of a file; raises BadSample if it can't be read."""
         try:
+            check_bytes(self.place(name), self.place(name).stat().st_size)
             return self.place(name).read_bytes()
         except OSError as error:
             raise BadSample(f"{self.place(name)} can't be read: {error.strerror}.") from None
@@ -53,6 +55,7 @@ class Tar:
         if name not in self.spans:
             raise BadSample(f"{self.place(name)} is missing.")
         offset, size = self.spans[name]
+        check_bytes(self.place(name), size)
         try:
             if self.file is None:
                 self.file = open(self.root, "rb", buffering=0)

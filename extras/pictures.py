@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from data.files import FORMATS
 from data.pictures import colourise, font_size, text_width, write
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -19,7 +20,7 @@ def read_photograph(path):
     taken. Raises ValueError with the file's name and the reason.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I"):  # 16-bit grey
                 grey = (np.asarray(picture).clip(0, 65535) / 257).round()

@@ -7,6 +7,7 @@ import pickle
 import random
 import resource
 import struct
+import tarfile
 import zipfile
 import zlib
 
@@ -20,9 +21,12 @@ from safetensors.torch import save_file
 
 from convert_sd2 import convert
 from data import files
+from data.archives import Folder, Tar
 from data.hypersim import Hypersim
 from data.pairs import FolderOfPairs, read_depth
 from data.transforms import BadSample
+from data.zeroshot import ZeroShot
+from extras.pictures import read_photograph
 from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.official import open_source
@@ -434,3 +438,48 @@ def test_spoiled_official_files_are_refused_or_open(tmp_path, name):
             refused += 1
             assert "spoiled" in str(error)
     assert refused > 90
+
+
+# ---- archives and photographs ----
+
+
+def test_spoiled_archives_are_refused_or_read(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for kind, picture in (("rgb", np.full((6, 8, 3), 90, np.uint8)),
+                              ("depth", np.full((6, 8), 1500, np.uint16))):
+            content = iio.imwrite("<bytes>", picture, extension=".png")
+            member = tarfile.TarInfo(f"./test/room/{kind}_0001.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    path, refused = tmp_path / "nyu_labeled_extracted.tar", 0
+    for spoiled in mutations(buffer.getvalue(), 200, seed=7):
+        path.write_bytes(spoiled)
+        try:
+            reader = ZeroShot("nyu", tmp_path)
+            for index in range(len(reader)):
+                reader[index]
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            assert str(tmp_path) in str(error)
+    assert refused > 50
+
+
+def test_a_member_larger_than_any_map_is_not_read(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("a.npy")
+        member.size = 2000
+        archive.addfile(member, io.BytesIO(bytes(2000)))
+    (tmp_path / "a.npy").write_bytes(bytes(2000))
+    monkeypatch.setattr(files, "MAX_BYTES", 1999)
+    for tree in (Tar(tmp_path / "a.tar"), Folder(tmp_path)):
+        with pytest.raises(BadSample, match="would take 2,000 bytes"):
+            tree.read("a.npy")
+
+
+@pytest.mark.parametrize("read", [read_photograph, files.read_rgb])
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, read):
+    """PostScript, for which Pillow starts Ghostscript."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    with pytest.raises(ValueError, match="cannot identify"):
+        read(tmp_path / "a.png")
