@@ -95,15 +95,12 @@ class Missing(Dataset):
             return entry, None, (str(error), isinstance(error, FilteredSample))
         return entry, collate([dict(sample, replaced=[])]), None
 
-
     def bytes_like(self, place, tensors):
         """What the entries that are missing take, if the one at `place` is these tensors."""
-        def size(number):
-            bytes_ = sum(tensor.nbytes for tensor in tensors.values())
-            share = math.prod(self.cached.sizes[number]) / math.prod(
-                self.cached.sizes[self.todo[place][0]])
-            return (bytes_ * share // BLOCK + 1) * BLOCK
-        return int(sum(size(number) for number, _, _ in self.todo))
+        areas = [math.prod(size) for size in self.cached.sizes]
+        per_pixel = sum(tensor.nbytes for tensor in tensors.values()) / areas[self.todo[place][0]]
+        blocks = [per_pixel * area // BLOCK + 1 for area in areas]  # of each source's entries
+        return int(sum(blocks[number] for number, _, _ in self.todo)) * BLOCK
 
 
 def fill(cached, frozen, dtype, workers, rank=0, world=1):
