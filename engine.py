@@ -1,5 +1,4 @@
-"""What both training stages share: devices and ranks, the optimizer's step, the learning rate,
-signals, progress.
+"""What both training stages share: devices and ranks, a step, the learning rate, options.
 
 It knows nothing of images: batches are dicts, objectives return named losses.
 """
@@ -10,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
-MAX_BAD_STEPS = 10  # in a row that are skipped, before a run stops
-PATIENCE = 2.0  # seconds in which a signal that comes again is the same wish
-SPIKE, SPIKE_AFTER = 4.0, 100  # times the usual loss; steps that make it usual
 
 
 def run(main):
@@ -49,9 +42,9 @@ def run(main):
         sys.exit(128 + signal.SIGINT)
 
 
-def say(text):
-    """A line for the person who waits (standard error), from the first rank only."""
-    if is_first():
+def say(text, any_rank=False):
+    """A line for the person who waits (standard error), from the first rank only or from any."""
+    if any_rank or is_first():
         print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -246,110 +239,6 @@ def to_device(batch, device):
 def set_learning_rate(optimizer, value):
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-# ---------------------------------------------------------------------------- the loop's company
-
-
-class Watch:
-    """Listens for a scheduler's signals while a run trains.
-
-    SIGTERM and SIGINT (preemption, Ctrl-C) ask to save and leave, SIGUSR1 to save and go on. One
-    more SIGTERM or SIGINT ends the program at once, but not within two seconds: torchrun passes on
-    to the ranks what a scheduler or a terminal has sent them already.
-    """
-
-    def __init__(self, ranks):
-        self.ranks, self.leave, self.save, self.before = ranks, False, False, {}
-        self.asked = math.inf  # when, to leave
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        now = time.monotonic()
-        if number == signal.SIGUSR1:
-            self.save = True
-        elif now > self.asked + PATIENCE:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        else:
-            self.leave, self.asked = True, min(self.asked, now)
-
-    def agree(self):
-        """(leave, save), the same on all ranks: what any of them was asked since the last call."""
-        wishes = torch.tensor([self.leave, self.save], dtype=torch.int32, device=self.ranks.device)
-        self.save = False
-        if self.ranks.world > 1:
-            dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-        return [bool(wish) for wish in wishes.tolist()]
-
-
-class Progress:
-    """The bar on the terminal, and every `log_every` steps a row of log.jsonl.
-
-    The row has the step (its number done, from 1), the mean of each loss since the last row, the
-    learning rate and the samples per second.
-    """
-
-    def __init__(self, first, steps, samples, log_every, log, ranks):
-        self.steps, self.samples, self.log_every, self.log = steps, samples, log_every, log
-        self.bar = tqdm(initial=first, total=steps, unit="step", disable=not ranks.first)
-        self.sums, self.count, self.since = {}, 0, time.perf_counter()
-        self.first, self.bad, self.usual = first, 0, None
-
-    def report(self, done, outcome, rate):
-        """After step number `done`: its Outcome, and the learning rate it had.
-
-        ValueError after ten steps in a row that had to be skipped.
-        """
-        self.bar.update()
-        if outcome.bad:
-            self.note_bad(done, outcome.bad)
-        else:
-            self.bad = 0
-            self.note_spike(done, outcome)
-            self.count += 1
-            for name, value in outcome.losses.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-        if not self.count or done % self.log_every and done != self.steps:
-            return
-        now = time.perf_counter()
-        speed = self.count * self.samples / (now - self.since)
-        means = {name: value / self.count for name, value in self.sums.items()}
-        self.log.write({"step": done, **means, "lr": rate, "samples_per_second": round(speed, 3)})
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, lr {rate:.1e}, {speed:.2f} samples/s")
-        self.sums, self.count, self.since = {}, 0, now
-
-    def note_bad(self, done, names):
-        self.bad += 1
-        self.log.write({"step": done, "skipped": names})
-        say(f"Step {done} was skipped: its loss or gradient is not finite ({', '.join(names)}).")
-        if self.bad == MAX_BAD_STEPS:
-            raise ValueError(f"{self.bad} steps in a row had a loss or gradient that is not "
-                             "finite: try a lower --lr, --clip-gradient 1 or --precision float32, "
-                             f"and look at the samples of the last one ({', '.join(names)}).")
-
-    def note_spike(self, done, outcome):
-        """A row for a step whose loss is several times that of the steps before it."""
-        loss = outcome.losses["loss"]
-        if self.usual is not None and done > self.first + SPIKE_AFTER and (
-                loss > SPIKE * self.usual):
-            self.log.write({"step": done, "spike": loss, "usual": self.usual,
-                            "samples": outcome.names})
-        self.usual = loss if self.usual is None else 0.98 * self.usual + 0.02 * loss
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()  # before the error's sentence is printed
 
 
 # ---------------------------------------------------------------------------- options

@@ -26,6 +26,7 @@ from losses.gradient import gradient_loss, pixel_loss
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.recompute import activation_bytes
+from progress import Progress, Watch
 from validation import check
 
 
@@ -124,10 +125,10 @@ def main():
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
                                training_set.sizes, first, args.steps, ranks.rank, ranks.world)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
-                           engine.say(f"Replaced a bad sample: {reason}"))
+                           engine.say(f"Replaced a bad sample: {reason}", any_rank=True))
     runner = engine.parallel(objective, ranks)
-    with (engine.Watch(ranks) as watch,
-          engine.Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
+    with (Watch(ranks) as watch,
+          Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
         for step in range(first, args.steps):
             rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
             engine.set_learning_rate(optimizer, rate)

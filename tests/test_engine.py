@@ -1,7 +1,6 @@
-"""engine.py: the learning rate, the step over micro-batches, signals, progress."""
+"""engine.py: the learning rate, the step over micro-batches, devices, options."""
 
 import argparse
-import json
 import math
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 import engine
-import run_folder
+from progress import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = engine.Ranks(0, 1, torch.device("cpu"))
@@ -151,73 +150,14 @@ def test_the_gradient_is_clipped():
     assert direction.item() == pytest.approx(1) and (after - before).norm() < 0.5 + 1e-6
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, capsys):
-    log = run_folder.Log(tmp_path, 0, ALONE)
-    bad, good = engine.Outcome(None, ["a"], ["a", "b"]), engine.Outcome({"loss": 1.0}, ["a"], None)
-    with engine.Progress(0, 99, 2, 5, log, ALONE) as progress:
-        for step in range(1, 10):
-            progress.report(step, bad, 0.1)
-        progress.report(10, good, 0.1)
-        for step in range(11, 20):
-            progress.report(step, bad, 0.1)
-        with pytest.raises(ValueError, match="10 steps in a row .* lower --lr.*a, b"):
-            progress.report(20, bad, 0.1)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert sum(row.get("skipped") == ["a", "b"] for row in rows) == 19
-    assert "Step 3 was skipped" in capsys.readouterr().err
-
-
-def test_a_spike_of_the_loss_is_logged_with_its_samples(tmp_path):
-    log = run_folder.Log(tmp_path, 0, ALONE)
-    with engine.Progress(0, 200, 2, 1000, log, ALONE) as progress:
-        for step in range(1, 151):
-            loss = 9.0 if step in (50, 150) else 1.0  # the first is too early to be a spike
-            progress.report(step, engine.Outcome({"loss": loss}, [f"s{step}"], None), 0.1)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["spike"], row["samples"]) for row in rows] == [(150, 9.0, ["s150"])]
-
-
 # ---------------------------------------------------------------------------- signals, progress
 
 
-def test_signals_are_noted_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with engine.Watch(ALONE) as watch:
-        assert watch.agree() == [False, False]
-        signal.raise_signal(signal.SIGUSR1)
-        assert watch.agree() == [False, True] and watch.agree() == [False, False]
-        signal.raise_signal(signal.SIGTERM)
-        assert watch.agree() == [True, False]
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_second_signal_ends_the_program_unless_it_is_the_first_passed_on(monkeypatch):
-    clock, ended = iter([10.0, 10.1, 20.0]), []
-    monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
-    with engine.Watch(ALONE) as watch:
-        monkeypatch.setattr(engine.signal, "raise_signal", ended.append)
-        watch.note(signal.SIGTERM, None)
-        watch.note(signal.SIGTERM, None)  # from torchrun, which got it, too
-        assert watch.leave and not ended
-        watch.note(signal.SIGTERM, None)
-        assert ended == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
 def test_one_process_leaves_in_the_middle_of_a_step():
-    with engine.Watch(ALONE) as watch:
+    with Watch(ALONE) as watch:
         signal.raise_signal(signal.SIGINT)
         assert engine.optimizer_step(None, iter([]), 8, 8, {}, torch.optim.SGD(
             [torch.zeros(1)], lr=1.0), ALONE, torch.float32, watch=watch) is None
-
-
-def test_progress_logs_means_since_the_last_row(tmp_path):
-    log = run_folder.Log(tmp_path, 0, ALONE)
-    with engine.Progress(0, 3, 8, 2, log, ALONE) as progress:
-        for step, loss in enumerate((1.0, 3.0, 5.0), start=1):
-            progress.report(step, engine.Outcome({"loss": loss}, [], None), 0.1)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["loss"], row["lr"]) for row in rows] == [(2, 2.0, 0.1), (3, 5.0, 0.1)]
-    assert all(row["samples_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("error", [ValueError("Bad\nthing."), FileNotFoundError("Bad thing.")])
@@ -276,3 +216,10 @@ def test_option_types(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError):
             kind(text)
+
+
+def test_other_ranks_speak_only_when_any_may(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    engine.say("from the first")
+    engine.say("from any", any_rank=True)
+    assert capsys.readouterr().err == "from any\n"

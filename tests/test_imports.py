@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_stage1", "train_stage2", "convert_sd2", "evaluate", "predict"}
 PACKAGES = {"nets", "losses", "data", "miniature", "extras", "engine", "metrics", "validation",
-            "run_folder"}
+            "run_folder", "progress"}
 # What each part may import of the project and of the heavier libraries.
 ALLOWED = {
     "nets": {"nets"},
@@ -18,6 +18,7 @@ ALLOWED = {
     "metrics": {"data"},
     "engine": set(),
     "run_folder": {"engine"},
+    "progress": {"engine"},
     "validation": {"data", "metrics", "engine"},
     "miniature": PACKAGES - {"extras"},
     "extras": {"extras", "data"},

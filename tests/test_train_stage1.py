@@ -127,6 +127,23 @@ def test_a_bad_step_is_skipped(files, tmp_path, monkeypatch, capsys):
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+def test_nothing_is_saved_amid_bad_steps(files, tmp_path, monkeypatch):
+    original = train_stage1.Stage1.forward
+    monkeypatch.setattr(train_stage1.Stage1, "forward", lambda self, batch: {
+        name: float("nan") * loss for name, loss in original(self, batch).items()})
+    with pytest.raises(ValueError, match="10 steps in a row"):
+        train(monkeypatch, files, tmp_path, "--steps", 12)
+    assert not list(tmp_path.glob("state*")) and not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_lost_model_file_comes_back(files, tmp_path, monkeypatch):
+    train(monkeypatch, files, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    train(monkeypatch, files, tmp_path)  # nothing else is left to do
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
+
+
 def test_a_finished_run_is_extended(files, tmp_path, monkeypatch):
     train(monkeypatch, files, tmp_path / "long", "--steps", 6, "--decay-steps", 9)
     train(monkeypatch, files, tmp_path / "short", "--steps", 4, "--decay-steps", 9)

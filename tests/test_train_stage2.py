@@ -50,6 +50,14 @@ def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
             assert torch.equal(after[name], weight), f"{name} should be frozen"
 
 
+def test_a_lost_model_file_comes_back(files, tmp_path, monkeypatch):
+    train(monkeypatch, files, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    train(monkeypatch, files, tmp_path)  # nothing else is left to do
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
+
+
 def test_the_loss_falls(files, tmp_path, monkeypatch):
     rows = train(monkeypatch, files, tmp_path, "--steps", 60, "--lr", 3e-3, "--log-every", 10,
                  "--validate-every", 99)
