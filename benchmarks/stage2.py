@@ -119,15 +119,19 @@ def main():
     if not (args.out / "start" / "metrics.json").exists():
         score(args, args.stage1, args.out / "start")
     start = read(args.out / "start")
-    print(f"| {args.minutes:g} minutes each, {args.seeds} seeds | steps | AbsRel | delta1 | F1 |")
-    print("|---|---|---|---|---|")
+    print(f"| {args.minutes:g} minutes each, {args.seeds} seeds | steps | AbsRel | delta1 | F1 "
+          "| F1 minus the first arm's, seed by seed |")
+    print("|---|---|---|---|---|---|")
     print(f"| end of stage 1 | 0 | {start['abs_rel']:.4f} | {start['delta1']:.4f} "
-          f"| {start['boundary_f1']:.4f} |")
+          f"| {start['boundary_f1']:.4f} | |")
+    first = [result["boundary_f1"] for job, result in zip(jobs, results) if job[0] == chosen[0][0]]
     for name, _ in chosen:
         mine = [(job[3], result) for job, result in zip(jobs, results) if job[0] == name]
         cells = [interval([result[key] for _, result in mine])
                  for key in ("abs_rel", "delta1", "boundary_f1")]
-        print(f"| {name} | {mine[0][0]} | {' | '.join(cells)} |")
+        gains = [result["boundary_f1"] - f1 for (_, result), f1 in zip(mine, first)]
+        print(f"| {name} | {mine[0][0]} | {' | '.join(cells)} "
+              f"| {' '.join(f'{gain:+.4f}' for gain in gains)} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""How far bfloat16 moves a prediction: mean absolute difference to float32, on [0,1].
+
+    python -m benchmarks.precision FOLDER_OF_PHOTOS [--ckpt MODEL] [--processing-res 256 768]
+
+Both models are made as predict.py makes them; without --ckpt it is the embedded miniature.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import engine
+from extras.pictures import SUFFIXES, read_photograph
+from miniature import embedded
+from nets.depthmaster import DepthMaster
+
+TARGET = 0.01
+
+
+def opened(path, device, precision):
+    model = DepthMaster.from_file(path, device, getattr(torch, precision))
+    return model.for_inference(device, precision)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("photos", type=Path, help="folder")
+    add("--ckpt", type=Path, default=embedded.TRAINED)
+    add("--processing-res", type=engine.positive, nargs="+", default=[256, 768])
+    add("--device", default="auto")
+    args = parser.parse_args()
+    photos = sorted(path for path in args.photos.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not photos:
+        raise ValueError(f"{args.photos} holds no photograph: give a folder that does.")
+    device = engine.start(args.device).device
+    models = [opened(args.ckpt, device, kind) for kind in ("float32", "bfloat16")]
+    print("| photograph | longest side | mean difference | largest | target of the mean |")
+    print("|---|---|---|---|---|")
+    for path in photos:
+        image = read_photograph(path)
+        for longest in args.processing_res:
+            exact, rounded = (model.predict(image, longest) for model in models)
+            difference = np.abs(exact - rounded)
+            print(f"| {path.name} | {longest} | {difference.mean():.4f} | {difference.max():.3f} "
+                  f"| {TARGET} |", flush=True)
+
+
+if __name__ == "__main__":
+    engine.run(main)
