@@ -48,6 +48,11 @@ def say(text, any_rank=False):
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def tell(text):
+    """A line of the result (standard output)."""
+    print(printable(text))
+
+
 def printable(text):
     """Without line breaks and what else names of files may do to a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -239,13 +239,6 @@ def state_of_predictions(folder, keys):
             for name in names}
 
 
-def check_data(sets, workers):
-    """--preflight: opens every image of the sets. ValueError if anything is wrong."""
-    bad = preflight(dict(sets), workers)
-    if bad:
-        raise ValueError(f"{bad} images can't be used: they are listed above.")
-
-
 def open_predictor(name, model, processing_res, paradigm, saved, alone):
     """(samples -> predictions, longest side while predicting: None for saved ones) for a set.
 
@@ -306,7 +299,7 @@ def main():
     opened = partial(open_sets, args.data, args.datasets, args.depth_scale, args.vkitti_crop,
                      args.hypersim_split)
     if args.preflight:
-        return check_data(opened(), args.workers)
+        return preflight(dict(opened()), args.workers, engine.tell)
     ranks = engine.start("cpu" if args.predictions else args.device)
     say_defaults(args.ckpt, args.predictions, args.data)
     ckpt = args.ckpt or embedded.TRAINED

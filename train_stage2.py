@@ -115,7 +115,7 @@ def main():
                                      args.rgb_resize)
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
     if args.preflight:
-        return check_data(training_set, held_out, args.workers)
+        return check_data(training_set, held_out, args.workers, engine.tell)
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
     first = run_folder.resume(args.out, state, model.unet, optimizer, args.steps, model)
     if args.compile:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 
 import engine
+from data.files import write_png
 from data.pictures import comparison
 from metrics import evaluate_dataset, mean_scores
 
@@ -53,7 +53,7 @@ def validate(model, reader, images, dtype, picture=None):
     if picture and rows:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         same = [row for row in rows if row.shape == rows[0].shape]
-        iio.imwrite(picture, np.concatenate(same))
+        write_png(picture, np.concatenate(same))
     if not scored:
         raise ValueError("none of the validation samples can be used: look at them with "
                          "python evaluate.py.")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.files import beside
 from data.training import (
     Reading, TrainingSet, collate, leave_signals_to_the_parent, one_sentence_errors,
 )
@@ -118,7 +119,8 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
     for place, (entry, batch, bad) in enumerate(
             tqdm(rows, desc="filling the cache", disable=rank > 0, total=len(missing))):
         if bad:
-            write(entry.with_name(entry.name + BAD), lambda path: path.write_text(json.dumps(bad)))
+            with beside(entry.with_name(entry.name + BAD)) as temporary:
+                temporary.write_text(json.dumps(bad))
             continue
         tensors = {name: value[0].to("cpu", dtype if value.is_floating_point() else None)
                    for name, value in frozen(batch).items()}
@@ -126,8 +128,8 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
         if not sized:
             check_room(cached.folder, world * missing.bytes_like(place, tensors))
             sized = True
-        write(entry.with_name(f"{entry.name}.safetensors"),
-              lambda path: save_file(tensors, path))
+        with beside(entry.with_name(f"{entry.name}.safetensors")) as temporary:
+            save_file(tensors, temporary)
 
 
 def check_room(folder, needed):
@@ -138,15 +140,3 @@ def check_room(folder, needed):
                       "make room, choose another --cache, or leave it out.")
     tqdm.write(f"The cache in {folder} will take {needed:,} bytes more, {free:,} are free.",
                file=sys.stderr)
-
-
-def write(path, save):
-    """save(temporary path), then renamed; other jobs that fill the same cache have other names."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written ({error}): make room and give the same command "
-                      "again, it goes on from there.") from error

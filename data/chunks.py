@@ -42,8 +42,11 @@ class Checked(Dataset):
         return self.reader.name(index), None, False
 
 
-def preflight(readers, workers=2):
-    """Opens every sample of {what: reader} and prints what is wrong; the number of bad ones."""
+def preflight(readers, workers, tell):
+    """Opens every sample of {what: reader} and tells what is wrong, a line each.
+
+    ValueError if anything is.
+    """
     total = 0
     for what, reader in readers.items():
         rows = DataLoader(Checked(reader), batch_size=None, num_workers=workers)
@@ -51,9 +54,10 @@ def preflight(readers, workers=2):
         bad = [(name, reason) for name, reason, filtered in rows if reason and not filtered]
         left_out = sum(filtered for _, _, filtered in rows)
         expected = "" if reader.expected is None else f" of {reader.expected:,}"
-        print(f"{what}: {len(rows):,}{expected} samples, {len(bad):,} bad, {left_out:,} left out "
-              "by the filter")
+        tell(f"{what}: {len(rows):,}{expected} samples, {len(bad):,} bad, {left_out:,} left out "
+             "by the filter")
         for name, reason in bad:
-            print(f"  {name}: {reason}")
+            tell(f"  {name}: {reason}")
         total += len(bad)
-    return total
+    if total:
+        raise ValueError(f"{total} samples can't be used: they are listed above.")

@@ -11,11 +11,13 @@ import os
 import zipfile
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import h5py
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 
 from data.transforms import BadSample
 
@@ -178,14 +180,31 @@ def single_key(keys, path):
     return keys[0]
 
 
+@contextmanager
+def beside(path):
+    """The name to write a file under first; it takes its own when it is whole.
+
+    OSError that names the file if there is no room; other programs may write the same one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} can't be written ({error}): make room and give the same command "
+                      "again.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_png(path, array):
-    """Write uint8 H,W,3 or uint16 H,W as PNG, atomically."""
-    iio.imwrite(f"{path}.tmp", array, plugin="pillow", extension=".png")
-    os.replace(f"{path}.tmp", path)
+    """Write uint8 H,W,3 or uint16 H,W as PNG, whole or not at all."""
+    with beside(path) as temporary:
+        iio.imwrite(temporary, array, plugin="pillow", extension=".png")
 
 
 def write_npy(path, array):
-    """Write an array as .npy, atomically."""
-    with open(f"{path}.tmp", "wb") as file:
+    """Write an array as .npy, whole or not at all."""
+    with beside(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
-    os.replace(f"{path}.tmp", path)

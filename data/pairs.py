@@ -89,7 +89,7 @@ def match_by_stem(root):
             "the columns image and depth.")
     alone = images.keys() ^ depth_maps.keys()
     if alone:
-        log.warning("%s: %d files have no partner and are left out, such as %s.",
+        log.warning("%s: %d files have no partner and are left out, such as %r.",
                     root, len(alone), min(alone))
     return [(f"rgb/{images[stem]}", f"depth/{depth_maps[stem]}") for stem in stems]
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import engine
-from data.files import write_png
+from data.files import beside, write_png
 from data.hypersim import PUBLISHED_COUNTS, SPLITS, Hypersim, are_present, depth_of
 from data.transforms import BadSample, FilteredSample
 
@@ -149,11 +149,10 @@ def was_filtered(dropped, split, frame):
 
 
 def write_report(out, dropped):
-    with open(out / f"{REPORT}.tmp", "w", newline="") as file:
+    with beside(out / REPORT) as temporary, open(temporary, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         rows.writerows(key + dropped[key] for key in sorted(dropped))
-    os.replace(out / f"{REPORT}.tmp", out / REPORT)
 
 
 def print_counts(readers, dropped, pairs, finished):

@@ -7,9 +7,10 @@ of its own; they are brought together when an evaluation is opened and when it e
 import csv
 import io
 import json
-import os
 import shutil
 from pathlib import Path
+
+from data.files import beside
 
 PICTURES = "pictures"  # of the report: a folder
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
@@ -91,8 +92,5 @@ def write_metrics(out, results):
 
 
 def write_text(path, content):
-    """Beside first, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
+    with beside(path) as temporary, open(temporary, "w", newline="") as file:
         file.write(content)
-    os.replace(temporary, path)

@@ -166,14 +166,12 @@ def open_training_set(data, vkitti, size, crop=(352, 1216), depth_scale=1000.0,
     return TrainingSet(sources, probabilities, sizes, target, seed, batch, rgb_resize)
 
 
-def check_data(training_set, held_out, workers):
-    """Opens every sample and prints what is wrong. ValueError if there is anything."""
+def check_data(training_set, held_out, workers, tell):
+    """Opens every sample and tells what is wrong. ValueError if there is anything."""
     readers = {f"{source.root}, to train on": source for source in training_set.sources}
     if held_out:
         readers[f"{held_out.root}, to validate on"] = held_out
-    bad = preflight(readers, workers)
-    if bad:
-        raise ValueError(f"{bad} samples can't be used: they are listed above.")
+    preflight(readers, workers, tell)
 
 
 def read_batches(training_set, sampler, workers, on_bad):

@@ -1,12 +1,10 @@
 """Reads any photograph as 8-bit RGB, and puts a legend under a coloured depth map."""
 
-import os
-
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from data.files import FORMATS
+from data.files import FORMATS, beside
 from data.pictures import colourise, font_size, text_width, write
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -59,8 +57,8 @@ def with_legend(near):
 
 
 def write_described_png(path, array, description):
-    """Writes uint8 H,W,3 or uint16 H,W as PNG with a text field Description, atomically."""
+    """Writes uint8 H,W,3 or uint16 H,W as PNG with a text Description, whole or not at all."""
     info = PngInfo()
     info.add_text("Description", description)
-    Image.fromarray(array).save(f"{path}.tmp", format="PNG", pnginfo=info)
-    os.replace(f"{path}.tmp", path)
+    with beside(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)

@@ -4,7 +4,6 @@ import base64
 import csv
 import json
 import math
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data.benchmarks import BENCHMARKS
+from data.files import beside
 from data.pictures import ERROR_MAX, colourise, nearness
 from extras.table import describe_count
 
@@ -88,13 +88,12 @@ def write_report(out):
                           (key, *column, factor_of(key)))) for key, column in COLUMNS.items()],
         brightest=f"{ERROR_MAX:.0%}")
     before, after = TEMPLATE.read_text(encoding="utf-8").split("{{data}}")
-    with open(out / "report.html.tmp", "w", encoding="utf-8") as file:
+    with beside(out / "report.html") as part, open(part, "w", encoding="utf-8") as file:
         file.write(before + as_json(page).removesuffix("}") + ', "images": [\n')
         for index, image in enumerate(images):  # one at a time: the pictures may be many
             pictures = read_pictures(out / "pictures" / image["dataset"] / image["image"])
             file.write((",\n" if index else "") + as_json({**image, "pictures": pictures}))
         file.write("\n]}" + after)
-    os.replace(out / "report.html.tmp", out / "report.html")
 
 
 def save_pictures(out, dataset, sample, pred_m):

@@ -9,7 +9,6 @@ shows is a pure function of (split, index): rendering more never changes a frame
 import argparse
 import csv
 import multiprocessing
-import os
 import re
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 from tqdm import tqdm
 
+from data.files import beside
 from miniature.builder import CLASSES
 from miniature.rooms import room_camera, room_scene
 from miniature.shading import render
@@ -133,10 +133,8 @@ def _write_room(folder, split, k):
     drawn = render_room(split, *divmod(k, FRAMES_PER_ROOM))
     for name, path in _room_files(folder, split, k).items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        with h5py.File(beside, "w") as file:
+        with beside(path) as temporary, h5py.File(temporary, "w") as file:
             file.create_dataset("dataset", data=drawn[name], compression=1, shuffle=True)
-        os.replace(beside, path)
 
 
 def _write_split_table(folder):
@@ -148,10 +146,8 @@ def _write_split_table(folder):
         split = "val" if volume >= FIRST_VOLUME["val"] else "train"
         rows.append((scene, "cam_00", frame, True, "", split))
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / (SPLIT_TABLE + ".tmp")
-    with open(beside, "w", newline="") as file:
+    with beside(folder / SPLIT_TABLE) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
-    os.replace(beside, folder / SPLIT_TABLE)
 
 
 # ---- Virtual KITTI 2's layout ----
@@ -180,9 +176,8 @@ def _write_street(folder, split, k):
 
 def _write_picture(path, picture, options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(iio.imwrite("<bytes>", picture, extension=path.suffix, **options))
-    os.replace(beside, path)
+    with beside(path) as temporary:
+        iio.imwrite(temporary, picture, extension=path.suffix, **options)
 
 
 def _tone_map(color):

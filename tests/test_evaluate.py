@@ -351,7 +351,7 @@ def test_preflight_names_every_bad_file(world, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "3 samples, 2 bad" in printed.out and "a.png has no valid pixel" in printed.out
     assert "b.png can't be read" in printed.out
-    assert printed.err.splitlines()[-1].startswith("error: 2 images can't be used")
+    assert printed.err.splitlines()[-1].startswith("error: 2 samples can't be used")
     assert not (world / "evaluation").exists()
 
 

@@ -47,4 +47,4 @@ def test_options_are_there():
     sources = "".join((ROOT / name).read_text() for name in CORE)
     known = set(re.findall(r"[\"'](--[a-z][a-z0-9-]+)[\"']", sources))
     named = set(re.findall(r"[ `](--[a-z][a-z0-9_-]+)", README))
-    assert named <= known | {"--help", "--nproc_per_node"}
+    assert named <= known | {"--help", "--nproc_per_node", "--shutdown_timeout"}

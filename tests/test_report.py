@@ -52,7 +52,7 @@ def save_pictures(folder, seed):
 
 def page_of(out):
     write_report(out)
-    assert not (out / "report.html.tmp").exists()
+    assert not list(out.glob("*.tmp"))
     return (out / "report.html").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,44 @@
+"""Writing files: whole or not at all. (Reading: tests/test_hostile.py, tests/test_pairs.py.)"""
+
+import resource
+
+import numpy as np
+import pytest
+
+from data.files import beside, read_npy, write_npy, write_png
+
+
+@pytest.fixture
+def no_room():
+    """Files may not grow beyond 500 bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # closing it, too
+@pytest.mark.parametrize("write, name, array", [
+    (write_npy, "depth.npy", np.zeros((30, 40), np.float32)),
+    (write_png, "image.png", np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype="u1")),
+])
+def test_without_room_the_old_file_stays(tmp_path, no_room, write, name, array):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match=f"{name} can't be written .*: make room"):
+        write(path, array)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_while_a_file_is_written_is_not_hidden(tmp_path):
+    with pytest.raises(ZeroDivisionError), beside(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_written_file_replaces_the_old_one(tmp_path):
+    path = tmp_path / "depth.npy"
+    for value in (1, 2):
+        write_npy(path, np.full((2, 3), value, np.float32))
+    assert (read_npy(path) == 2).all() and list(tmp_path.iterdir()) == [path]
