@@ -41,12 +41,11 @@ def gates(attention, tokens):
     k, v = (layer.weight.float() @ tokens.float().T for layer in (attention.k, attention.v))  # C,2
     k, v = (t.view(heads, -1, 2) for t in (k, v))
     # softmax(s0, s1) = (p, 1 - p) with p = sigmoid(s0 - s1); the result is v1 + p (v0 - v1).
-    direction = (k[..., 0] - k[..., 1]) / k.shape[1]**0.5  # heads,d
-    score = torch.einsum("hd,hdc->hc", direction, attention.q.weight.float().view(
-        heads, k.shape[1], -1))
-    mix = out.weight.float().view(-1, heads, v.shape[1])  # C,heads,d
-    bias = out.bias.float() + torch.einsum("chd,hd->c", mix, v[..., 1])
-    weight = torch.einsum("chd,hd->ch", mix, v[..., 0] - v[..., 1])
+    direction, difference = ((t[..., 0] - t[..., 1])[:, None] for t in (k, v))  # heads,1,d
+    score = torch.block_diag(*direction / k.shape[1]**0.5) @ attention.q.weight.float()
+    mix = out.weight.float()  # C,C
+    bias = out.bias.float() + mix @ v[..., 1].flatten()
+    weight = mix @ torch.block_diag(*difference).T  # C,heads
     return Gates(linear(score, None, out.weight), linear(weight, bias, out.weight))
 
 
