@@ -13,14 +13,14 @@ SD2 = WEIGHTS / "miniature_sd2.safetensors"
 DINOV2 = WEIGHTS / "miniature_dinov2.safetensors"
 TRAINED = WEIGHTS / "miniature.safetensors"
 SCENES = Path(__file__).resolve().parent / "scenes"
-FRAMES = dict(train=700, val=48, streets_train=50, streets_val=8)
+FRAMES = dict(train=960, val=48, streets_train=50, streets_val=8)
 
 # A run of minutes on two cores in place of the paper's days.
-STAGE1 = dict(steps=450, batch=16, micro_batch=8, lr=1.4e-3, warmup=30, decay_steps=450,
+STAGE1 = dict(steps=590, batch=16, micro_batch=8, lr=1.4e-3, warmup=30, decay_steps=850,
               vkitti_crop=(96, 336), cache=Path(__file__).resolve().parent / "cache",
-              validate_every=450, save_every=225)
-STAGE2 = dict(steps=100, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=100,
-              vkitti_crop=(96, 336), validate_every=100, save_every=50)
+              validate_every=590, save_every=295)
+STAGE2 = dict(steps=75, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=75,
+              vkitti_crop=(96, 336), validate_every=75, save_every=50)
 
 
 def scenes():

@@ -29,7 +29,7 @@ SEED = 20250105
 SPLITS = ("train", "val")
 ROOM_SIZE = 192, 256  # height, width
 STREET_SIZE = 104, 344
-FRAMES_PER_ROOM = 2
+FRAMES_PER_ROOM = {"train": 1, "val": 2}  # every frame to train on shows another room
 FIRST_VOLUME = {"train": 1, "val": 900}  # the VVV of ai_VVV_NNN
 STREET_SCENE = {"train": "Scene02", "val": "Scene01"}  # as Virtual KITTI 2 is usually split
 SPLIT_TABLE = "metadata_images_split_scene_v1.csv"
@@ -117,7 +117,7 @@ def _street(split, index):
 
 def _room_files(folder, split, k):
     """The HDF5 paths of the k-th frame of a split."""
-    index, frame = divmod(k, FRAMES_PER_ROOM)
+    index, frame = divmod(k, FRAMES_PER_ROOM[split])
     scene = f"ai_{FIRST_VOLUME[split] + index // 100:03d}_{index % 100 + 1:03d}"
     images = folder / scene / "images"
     geometry = images / "scene_cam_00_geometry_hdf5"
@@ -130,7 +130,7 @@ def _room_files(folder, split, k):
 
 
 def _write_room(folder, split, k):
-    drawn = render_room(split, *divmod(k, FRAMES_PER_ROOM))
+    drawn = render_room(split, *divmod(k, FRAMES_PER_ROOM[split]))
     for name, path in _room_files(folder, split, k).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as temporary, h5py.File(temporary, "w") as file:
