@@ -19,8 +19,8 @@ FRAMES = dict(train=960, val=48, streets_train=50, streets_val=8)
 STAGE1 = dict(steps=590, batch=16, micro_batch=8, lr=1.4e-3, warmup=30, decay_steps=850,
               vkitti_crop=(96, 336), cache=Path(__file__).resolve().parent / "cache",
               validate_every=590, save_every=295)
-STAGE2 = dict(steps=75, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=75,
-              vkitti_crop=(96, 336), validate_every=75, save_every=50)
+STAGE2 = dict(steps=60, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=60,
+              vkitti_crop=(96, 336), validate_every=60, save_every=30)
 
 
 def scenes():

@@ -246,7 +246,7 @@ def test_ensure_adds_what_is_absent_and_keeps_the_rest(root):
     with open(root / "hypersim/metadata_images_split_scene_v1.csv") as file:
         rows = list(csv.DictReader(file))
     listed = [(r["scene_name"], r["frame_id"], r["split_partition_name"]) for r in rows]
-    train = [("ai_001_001", "0"), ("ai_001_001", "1"), ("ai_001_002", "0")]
+    train = [("ai_001_001", "0"), ("ai_001_002", "0"), ("ai_001_003", "0")]
     val = [("ai_900_001", "0"), ("ai_900_001", "1")]
     assert listed == [(*r, "train") for r in train] + [(*r, "val") for r in val]
     columns = "camera_name", "included_in_public_release", "exclude_reason"
