@@ -283,7 +283,7 @@ def merged_rows(name, journal, keys):
     return rows
 
 
-def tell(results, out, report):
+def present(results, out, report):
     """Prints the table on standard output and writes the report."""
     print("\n".join(table(results)))
     engine.say(f"Written: {out / 'metrics.json'} and {out / 'per_image.csv'}.")
@@ -329,7 +329,7 @@ def main():
             write_metrics(args.out, results)  # after each set: a later one may fail
         engine.wait()  # the ranks' files are gone before the next set's rows are written
     if ranks.first:
-        tell(results, args.out, args.report)
+        present(results, args.out, args.report)
     engine.stop()
 
 
