@@ -55,6 +55,15 @@ def run(monkeypatch, script, out, *options):
     return [json.loads(line) for line in (out / run_folder.LOG).read_text().splitlines()]
 
 
+def comes_back(train, file):
+    """Whether the same command, train(), writes a file that was lost again, to the byte."""
+    train()
+    whole = file.read_bytes()
+    file.unlink()
+    train()  # nothing else is left to do
+    return file.read_bytes() == whole
+
+
 def losses_of(rows):
     return [row["loss"] for row in rows if "loss" in row]
 

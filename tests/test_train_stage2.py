@@ -11,7 +11,7 @@ import train_stage2
 from losses.gradient import gradient_loss, pixel_loss
 from nets.depthmaster import DepthMaster
 from tests.fixtures.weights import relative_error
-from tests.small_runs import files, interrupt, losses_of, run
+from tests.small_runs import comes_back, files, interrupt, losses_of, run
 
 
 def train(monkeypatch, files, out, *options):
@@ -51,11 +51,7 @@ def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
 
 
 def test_a_lost_model_file_comes_back(files, tmp_path, monkeypatch):
-    train(monkeypatch, files, tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").unlink()
-    train(monkeypatch, files, tmp_path)  # nothing else is left to do
-    assert (tmp_path / "model.safetensors").read_bytes() == whole
+    assert comes_back(lambda: train(monkeypatch, files, tmp_path), tmp_path / "model.safetensors")
 
 
 def test_the_loss_falls(files, tmp_path, monkeypatch):
