@@ -10,11 +10,12 @@ is the median. The peer takes part where diffusers is installed (tests/requireme
 import argparse
 import importlib.util
 import time
+from collections import Counter
 
 import numpy as np
 import torch
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import engine
 from benchmarks.peer import peer
@@ -23,6 +24,7 @@ from nets.depthmaster import DepthMaster
 
 # precision, the peer's layout: time over its, on a CPU of two cores with AMX.
 TARGETS = {("bfloat16", "channels_last"): 0.68, ("float32", "channels_last"): 0.87}
+KINDS = {"convolution": "conv", "attention": "scaled_dot_product", "matrix product": "mm"}
 TARGET_H200 = 11e-3  # seconds an image, bfloat16, batch 8, 480x640
 
 
@@ -89,11 +91,32 @@ def alternate(ways, image, runs):
 
 
 def print_profile(way, image):
-    """The operations that take longest."""
+    """The kinds of operations that take longest, beside what was counted of their work."""
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter lacks it
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: attention_work}) as counter:
+        way(image)
+    counted, took = Counter(), Counter()
+    for operation, work in counter.get_flop_counts()["Global"].items():
+        counted[kind(str(operation))] += work / 1e12
     with profile() as recorded:
         way(image)
-    order = "self_cuda_time_total" if image.device.type == "cuda" else "self_cpu_time_total"
-    print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+    for row in recorded.key_averages():
+        time_us = row.self_device_time_total if image.is_cuda else row.self_cpu_time_total
+        took[kind(row.key)] += time_us / 1e6
+    print("\n| operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|")
+    for name, seconds in took.most_common(10):
+        work = f"{counted[name]:.3g} | {counted[name] / seconds:.3f}" if counted[name] else " | "
+        print(f"| {name} | {seconds:.3g} | {seconds / took.total():.1%} | {work} |")
+
+
+def attention_work(query, key, value, *options, **more):
+    """Operations of an attention, from the tensors' shapes."""
+    return sdpa_flop_count(query, key, value)
+
+
+def kind(operation):
+    """What an operation is called in the profile: one of KINDS, or its own name."""
+    return next((what for what, part in KINDS.items() if part in operation), operation)
 
 
 def main():
