@@ -39,6 +39,9 @@ def test_what_fails_while_a_file_is_written_is_not_hidden(tmp_path):
 
 def test_a_written_file_replaces_the_old_one(tmp_path):
     path = tmp_path / "depth.npy"
-    for value in (1, 2):
-        write_npy(path, np.full((2, 3), value, np.float32))
+    write_npy(path, np.ones((2, 3), np.float32))
+    before = path.read_bytes()
+    with open(path, "rb") as reader:  # who reads meanwhile has the old one, whole
+        write_npy(path, np.full((2, 3), 2, np.float32))
+        assert reader.read() == before
     assert (read_npy(path) == 2).all() and list(tmp_path.iterdir()) == [path]
