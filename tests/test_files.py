@@ -1,5 +1,6 @@
 """Writing files: whole or not at all. (Reading: tests/test_hostile.py, tests/test_pairs.py.)"""
 
+import contextlib
 import resource
 
 import numpy as np
@@ -8,13 +9,18 @@ import pytest
 from data.files import beside, read_npy, write_npy, write_png
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room():
-    """Files may not grow beyond 500 bytes, as on a full disk."""
+    """Inside, no file of this process grows beyond 500 bytes, as on a full disk.
+
+    Not a fixture: pytest's own output may be such a file, and it is written before fixtures end.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # closing it, too
@@ -22,10 +28,10 @@ def no_room():
     (write_npy, "depth.npy", np.zeros((30, 40), np.float32)),
     (write_png, "image.png", np.random.default_rng(0).integers(256, size=(30, 40, 3), dtype="u1")),
 ])
-def test_without_room_the_old_file_stays(tmp_path, no_room, write, name, array):
+def test_without_room_the_old_file_stays(tmp_path, write, name, array):
     path = tmp_path / name
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match=f"{name} can't be written .*: make room"):
+    with pytest.raises(OSError, match=f"{name} can't be written .*: make room"), no_room():
         write(path, array)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
