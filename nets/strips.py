@@ -18,8 +18,9 @@ from nets.enlarge import enlarge_rows, phase_kernels
 # Pixels in a strip. On a CPU few, so that it stays in the cache, but enough that the work outweighs
 # what each convolution first does to its weights; on other devices enough to be busy.
 STRIP, LARGE_STRIP = 1 << 13, 1 << 19
+ROWS = 16  # at least, as the rows above and below a strip are computed again for its neighbours
 PART = 1 << 18  # numbers whose sum is taken in float32
-LARGE = 1 << 30  # bytes of a map that is too much to keep beside another
+LARGE = 3 << 29  # bytes of a map that is too much to keep beside another
 
 
 def encode(vae, image):
@@ -69,7 +70,7 @@ class Map:
         """(first, last) of strips of rows; an even number of rows each, but for the last."""
         height, width = self.shape[2:]
         pixels = STRIP if self.device.type == "cpu" else LARGE_STRIP
-        count = max(pixels // width // 2 * 2, 2)
+        count = max(pixels // width // 2 * 2, ROWS)
         for first in range(0, height, count):
             yield first, min(first + count, height)
 
@@ -180,21 +181,18 @@ def statistics(x, norm):
     8e-5 at 128,640,768 in channels_last).
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    counts, means, scales = [], [], []
+    # Added up in place: small results kept between large ones leave gaps that no large one fits.
+    mean, square = torch.zeros(2, x.shape[0], norm.num_groups, dtype=torch.float64, device=x.device)
     for first, last in x.strips():
         rows = x.rows(first, last)
         for part in rows.split(max(PART // rows[0, :, 0].numel(), 1), dim=2):
             part = part.to(exact).contiguous(memory_format=torch.channels_last)
             batch, channels, height, width = part.shape
-            _, mean, scale = torch.native_group_norm(
+            _, means, scales = torch.native_group_norm(
                 part, None, None, batch, channels, height * width, norm.num_groups, norm.eps)
-            counts.append(height)
-            means.append(mean)
-            scales.append(scale)
-    share = torch.tensor(counts, dtype=torch.float64, device=x.device)[:, None, None] / sum(counts)
-    means, scales = torch.stack(means).double(), torch.stack(scales).double()
-    mean = (share * means).sum(dim=0)
-    square = (share * (scales**-2 - norm.eps + means**2)).sum(dim=0)
+            means, share = means.double(), height / x.shape[2]
+            mean += share * means
+            square += share * (scales.double()**-2 - norm.eps + means**2)
     return mean, (square - mean**2).clamp(min=0)
 
 

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from nets.vae import AutoencoderKL
 VAE = dict(channels=(8, 16, 16, 24), layers=1, groups=4)
 UNET = dict(channels=(8, 16, 24), layers=1, attention=(True, True, False), heads=(1, 2, 2),
             text_width=6, groups=4)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def shaken(module):
@@ -89,6 +94,7 @@ def test_a_folded_model_refuses_what_it_can_no_longer_do(tmp_path):
 def test_strips_have_no_seams(monkeypatch, size, large):
     monkeypatch.setattr(strips, "LARGE", large)
     monkeypatch.setattr(strips, "STRIP", 300)
+    monkeypatch.setattr(strips, "ROWS", 2)
     torch.manual_seed(0)
     vae = shaken(AutoencoderKL(**VAE))
     image = torch.randn(2, 3, *size).double()
@@ -104,6 +110,24 @@ def test_strips_leave_the_image_and_the_latent_alone():
     before = image.clone(), latent.clone()
     strips.encode(vae, image), strips.decode(vae, latent)
     assert torch.equal(image, before[0]) and torch.equal(latent, before[1])
+
+
+GROWTH = """
+import resource, torch
+from nets import strips
+x = torch.ones(1, 128, 400, 2016, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+with torch.inference_mode():
+    strips.statistics(strips.Map(x), torch.nn.GroupNorm(32, 128))
+print((resident() - before) / x.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says how much is in use")
+def test_statistics_take_no_memory_of_a_maps_size():
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, cwd=ROOT)
+    assert float(done.stdout) < 0.25, done
 
 
 @torch.inference_mode()
