@@ -19,6 +19,8 @@ from torch import nn
 import engine
 import run_folder
 from data.cache import CachedTrainingSet, fill, fingerprint
+from data.hypersim_geometry import CAMERA_CSV
+from data.pairs import PAIRS_CSV
 from data.sampler import StepBatchSampler
 from data.training import (
     add_data_options, check_data, open_held_out, open_training_set, read_batches,
@@ -53,7 +55,7 @@ class Stage1(nn.Module):
         z_pred, feature = self.unet(fixed["z_image"].float(), self.align_at)  # B,4,h,w; B,C,h',w'
         valid = cells_to_pixels(fixed["cells"])
         losses = {"latent": latent_loss(z_pred, fixed["z_target"], valid)}
-        if self.teacher is not None:
+        if self.adapter is not None:
             adapted = self.adapter(feature.flatten(2).transpose(1, 2))  # B,N,D
             losses["alignment"] = feature_alignment_loss(adapted, fixed["tokens"], self.align_loss)
         return losses
@@ -107,7 +109,8 @@ def options():
     add("--align-at", choices=["down1", "down2", "mid"], default="mid", help="Table V (mid)")
     add("--align-loss", choices=["kl", "cosine"], default="kl", help="(%(default)s)")
     add("--align-weight", type=float, default=1.0, help="0: no encoder, Table IV (%(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="keep the frozen networks' outputs here")
+    add("--cache", type=Path, metavar="DIR", help="keep the frozen networks' outputs here: "
+        "remove it when pictures change")
     add("--cache-precision", choices=["float16", "float32"], default="float16",
         help="of what is kept (%(default)s)")
     add_data_options(parser)
@@ -126,9 +129,11 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
 
     settings, files: what that depends on besides the data's place and size.
     """
-    places = [(str(source.root.resolve()), size)
-              for source, size in zip(training_set.sources, training_set.sizes)]
-    name = fingerprint(settings | dict(places=places, kept=str(kept_dtype)), files)
+    roots = [source.root.resolve() for source in training_set.sources]
+    places = [(str(root), size) for root, size in zip(roots, training_set.sizes)]
+    tables = [root / name for root in roots for name in (CAMERA_CSV, PAIRS_CSV)]
+    name = fingerprint(settings | dict(places=places, kept=str(kept_dtype)),
+                       files + [table for table in tables if table.exists()])
     training_set = CachedTrainingSet(training_set, folder / name)
 
     def frozen(batch):
@@ -136,6 +141,7 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
             return objective.frozen(engine.to_device(batch, ranks.device))
 
     fill(training_set, frozen, kept_dtype, workers, ranks.rank, ranks.world)
+    objective.teacher = None  # all is said; the autoencoder still validates
     engine.wait()
     return training_set
 
@@ -150,18 +156,16 @@ def main():
     sd2 = embedded.base_weights(args.data or args.vkitti, args.sd2)
     model = DepthMaster.from_file(sd2)
     model.become("stage1", args.target, args.size)
-    teacher = None
-    if args.align_weight:
-        dinov2 = embedded.teacher_weights(sd2, args.dinov2)
-        teacher = DINOv2.from_file(dinov2, dtype=dtype)
-    objective = Stage1(model, teacher, args.align_at, args.align_loss)
+    dinov2 = embedded.teacher_weights(sd2, args.dinov2) if args.align_weight else None
+    objective = Stage1(model, dinov2 and DINOv2.from_file(dinov2, dtype=dtype), args.align_at,
+                       args.align_loss)
     objective.to(ranks.device, memory_format=torch.channels_last)
     objective.unet.checkpoint_activations = engine.recompute_activations(
         args.checkpoint_activations, objective.unet.parameters(), ranks,
         needed=lambda: objective.activation_bytes(args.micro_batch, model.train_size, dtype))
-    weights = {"latent": 1.0} | ({"alignment": args.align_weight} if teacher else {})
+    weights = {"latent": 1.0} | ({"alignment": args.align_weight} if dinov2 else {})
     trained = nn.ModuleDict({"unet": objective.unet})
-    if teacher:
+    if dinov2:
         trained["adapter"] = objective.adapter
     optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True)
 
@@ -176,7 +180,7 @@ def main():
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
                         depth_scale=args.depth_scale, autocast=str(dtype))
-        files = [sd2, dinov2] if teacher else [sd2]
+        files = [sd2, dinov2] if dinov2 else [sd2]
         training_set = cached(training_set, objective, args.cache, settings, files, dtype,
                               getattr(torch, args.cache_precision), args.workers, ranks)
     if args.compile:

@@ -4,7 +4,8 @@ An image comes back many times in a training, in two flips; the frozen networks 
 time. `fill` asks them once per sample and flip; `CachedTrainingSet` then reads entries in place of
 samples, in the same order. An entry is one file, complete or absent; what was made from another
 model, target or size lies in another folder, named by a fingerprint. What all will take is known
-from the first one.
+from the first one. Pictures are trusted to stay as they are, but those that could not be read are
+tried again by each run.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +29,8 @@ from data.training import (
 )
 from data.transforms import BadSample, FilteredSample
 
-BAD = ".bad.json"  # in place of an entry: why the sample can't be used
+# In place of an entry: why the sample can't be used, or why it is left out on purpose.
+REASONS = {".bad": BadSample, ".filtered": FilteredSample}
 BLOCK = 4096  # bytes, of which files take whole ones
 
 
@@ -49,25 +52,25 @@ class CachedTrainingSet(TrainingSet):
 
     def entry(self, number, index, flip):
         """The file of a sample, without suffix; number: the source's."""
-        name = self.sources[number].name(index).replace("/", "~")
-        return self.folder / str(number) / f"{name}{'~flipped' if flip else ''}"
+        name = quote(self.sources[number].name(index), safe=" ")  # which leaves no other %
+        return self.folder / str(number) / f"{name}{'%flipped' if flip else ''}"
 
     def prepared(self, number, index, flip):
         entry = self.entry(number, index, flip)
-        bad = entry.with_name(entry.name + BAD)
         try:
-            if not bad.exists():
+            if os.path.exists(f"{entry}.safetensors"):
                 tensors = load_file(f"{entry}.safetensors")
                 return dict(tensors, name=self.sources[number].name(index))
-            reason, filtered = json.loads(bad.read_text())
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            kind = ".filtered" if os.path.exists(f"{entry}.filtered") else ".bad"
+            reason = Path(f"{entry}{kind}").read_text()
+        except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{entry}* in the cache is missing or damaged ({error}): remove what "
                              "is left of it and give the same command again.") from error
-        raise (FilteredSample if filtered else BadSample)(reason)
+        raise REASONS[kind](reason)
 
 
 class Missing(Dataset):
-    """The samples that have no entry yet, as micro-batches of one: raw, or why they are bad."""
+    """The samples that have no entry yet, as micro-batches of one: raw, or why they are none."""
 
     def __init__(self, cached, rank, world):
         self.cached = cached
@@ -79,7 +82,7 @@ class Missing(Dataset):
             for index in range(rank, len(source), world):
                 for flip in (False, True):
                     name = cached.entry(number, index, flip).name
-                    if not {f"{name}.safetensors", name + BAD} & done:
+                    if not {f"{name}.safetensors", f"{name}.filtered"} & done:
                         self.todo.append((number, index, flip))
 
     def __len__(self):
@@ -93,7 +96,7 @@ class Missing(Dataset):
         try:
             sample = TrainingSet.prepared(self.cached, number, index, flip)
         except BadSample as error:
-            return entry, None, (str(error), isinstance(error, FilteredSample))
+            return entry, None, error
         return entry, collate([dict(sample, replaced=[])]), None
 
     def bytes_like(self, place, tensors):
@@ -116,11 +119,12 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
                         worker_init_fn=leave_signals_to_the_parent)
     rows = one_sentence_errors(loader, reading)
     sized = rank > 0  # the first rank speaks for all
-    for place, (entry, batch, bad) in enumerate(
+    for place, (entry, batch, error) in enumerate(
             tqdm(rows, desc="filling the cache", disable=rank > 0, total=len(missing))):
-        if bad:
-            with beside(entry.with_name(entry.name + BAD)) as temporary:
-                temporary.write_text(json.dumps(bad))
+        if error:
+            kind = ".filtered" if isinstance(error, FilteredSample) else ".bad"
+            with beside(Path(f"{entry}{kind}")) as temporary:
+                temporary.write_text(str(error))
             continue
         tensors = {name: value[0].to("cpu", dtype if value.is_floating_point() else None)
                    for name, value in frozen(batch).items()}
@@ -128,7 +132,7 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
         if not sized:
             check_room(cached.folder, world * missing.bytes_like(place, tensors))
             sized = True
-        with beside(entry.with_name(f"{entry.name}.safetensors")) as temporary:
+        with beside(Path(f"{entry}.safetensors")) as temporary:
             save_file(tensors, temporary)
 
 

@@ -68,12 +68,17 @@ def read_pairs_csv(root):
     if not {"image", "depth"} <= rows[0].keys():
         raise ValueError(f"{path} has the columns {', '.join(map(str, rows[0]))}; it needs image "
                          "and depth.")
-    pairs = [(row["image"] or "", row["depth"] or "") for row in rows]
+    pairs, lines = [(row["image"] or "", row["depth"] or "") for row in rows], {}
     for line, pair in enumerate(pairs, start=2):
         for entry in map(PurePosixPath, pair):
             if entry == PurePosixPath() or entry.is_absolute() or ".." in entry.parts:
                 raise ValueError(f"{path}, line {line}: '{entry}' is not a path inside {root}; "
                                  "write paths relative to that folder.")
+        same = lines.setdefault(without_suffix(pair[0]), line)
+        if same != line:
+            raise ValueError(f"{path}, lines {same} and {line}: two pairs have the name "
+                             f"'{without_suffix(pair[0])}'; give each image, without its suffix, "
+                             "a name of its own.")
     return pairs
 
 

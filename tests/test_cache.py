@@ -1,6 +1,5 @@
 """data/cache.py: entries are complete or absent, in the right folder, and shared by ranks."""
 
-import json
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -9,9 +8,10 @@ import pytest
 import torch
 
 from data import cache
-from data.cache import BAD, CachedTrainingSet, fill, fingerprint
+from data.cache import CachedTrainingSet, fill, fingerprint
 from data.pairs import FolderOfPairs
 from data.training import TrainingSet, collate
+from data.transforms import BadSample, FilteredSample
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def entries(cached):
 
 def test_every_sample_and_flip_gets_an_entry_or_a_reason(cached):
     fill(cached, frozen, torch.float32, workers=0)
-    names = [f"rgb~{number}{flip}" for number in range(4) for flip in ("", "~flipped")]
-    wanted = [name + (BAD if "~2" in name else ".safetensors") for name in names]
+    names = [f"rgb%2F{number}{flip}" for number in range(4) for flip in ("", "%flipped")]
+    wanted = [name + (".bad" if "F2" in name else ".safetensors") for name in names]
     assert entries(cached) == sorted(wanted)
 
 
@@ -64,7 +64,7 @@ def test_half_precision_keeps_masks(cached):
 
 def test_only_what_is_missing_is_computed_and_a_torn_write_is_no_entry(cached):
     fill(cached, frozen, torch.float32, workers=0)
-    entry = cached.folder / "0" / "rgb~1.safetensors"
+    entry = cached.folder / "0" / "rgb%2F1.safetensors"
     entry.rename(entry.with_name(entry.name + ".tmp"))  # killed before the rename
     calls = []
     fill(cached, lambda batch: calls.append(batch["name"]) or frozen(batch), torch.float32, 0)
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_no_half_entry(cached, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache, "save_file", full)
-    with pytest.raises(OSError, match="rgb~0.safetensors can't be written .*No space"):
+    with pytest.raises(OSError, match="rgb%2F0.safetensors can't be written .*No space"):
         fill(cached, frozen, torch.float32, workers=0)
     assert entries(cached) == []
 
@@ -115,7 +115,7 @@ def test_a_damaged_entry_is_named(cached, content):
     fill(cached, frozen, torch.float32, workers=0)
     for path in (cached.folder / "0").iterdir():
         path.write_bytes(content) if content is not None else path.unlink()
-    with pytest.raises(ValueError, match="rgb~.* in the cache is missing or damaged"):
+    with pytest.raises(ValueError, match="rgb%2F.* in the cache is missing or damaged"):
         cached[0]
 
 
@@ -131,5 +131,32 @@ def test_fingerprint_depends_on_settings_and_contents(tmp_path):
 
 def test_a_reason_is_kept(cached):
     fill(cached, frozen, torch.float32, workers=0)
-    reason, filtered = json.loads((cached.folder / "0" / f"rgb~2{BAD}").read_text())
-    assert "valid" in reason and not filtered
+    assert "valid" in (cached.folder / "0" / "rgb%2F2.bad").read_text()
+
+
+def test_what_could_not_be_read_is_tried_again(cached):
+    fill(cached, frozen, torch.float32, workers=0)
+    with pytest.raises(BadSample, match="2.npy has no valid"):
+        cached.prepared(0, 2, True)
+    root = cached.sources[0].root
+    np.save(root / "depth/2.npy", np.load(root / "depth/1.npy"))
+    fill(cached, frozen, torch.float32, workers=0)
+    assert torch.equal(cached.prepared(0, 2, True)["z"], cached.prepared(0, 1, True)["z"])
+
+
+def test_what_is_left_out_on_purpose_is_not_tried_again(cached, monkeypatch):
+    def left_out(self, index):
+        raise FilteredSample("too flat")
+
+    monkeypatch.setattr(FolderOfPairs, "__getitem__", left_out)
+    fill(cached, frozen, torch.float32, workers=0)
+    with pytest.raises(FilteredSample, match="too flat"):
+        cached.prepared(0, 0, False)
+    monkeypatch.undo()
+    fill(cached, lambda batch: pytest.fail("read again"), torch.float32, workers=0)
+
+
+@pytest.mark.parametrize("names", [("rgb/a", "rgb~a"), ("a", "a%flipped"), ("a b", "a%20b")])
+def test_no_two_samples_share_an_entry(cached, monkeypatch, names):
+    monkeypatch.setattr(FolderOfPairs, "name", lambda self, index: names[index])
+    assert len({cached.entry(0, index, flip) for index in (0, 1) for flip in (0, 1)}) == 4

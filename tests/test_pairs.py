@@ -102,7 +102,8 @@ def test_pairs_csv(tmp_path):
     ("a,b\n1,2\n", "has the columns a, b"),
     ("image,depth\na.png,/data/a.npy\n", "line 2: '/data/a.npy' is not a path inside"),
     ("image,depth\na.png,b.npy\n../a.png,b.npy\n", "line 3: '../a.png'"),
-    ("image,depth\na.png\n", "line 2: '.' is not a path")])
+    ("image,depth\na.png\n", "line 2: '.' is not a path"),
+    ("image,depth\na.png,b.npy\nb.png,b.npy\na.jpg,a.npy\n", "lines 2 and 4: two pairs")])
 def test_wrong_pairs_csv(tmp_path, text, message):
     (tmp_path / "pairs.csv").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -191,6 +191,16 @@ def test_a_bad_sample_is_bad_in_the_cache_too(files, tmp_path, monkeypatch, caps
     assert said.count("Replaced a bad sample") == 2 and said.count("no valid pixel") == 2
 
 
+def test_another_table_is_another_folder_of_the_cache(files, tmp_path, monkeypatch):
+    shutil.copytree(files / "pairs", tmp_path / "pairs")
+    options = ["--data", tmp_path / "pairs", "--cache", tmp_path / "cache", "--steps", 1]
+    for run, depth in enumerate((0, 0, 1)):
+        rows = [f"rgb/{number}.png,depth/{depth * number}.npy" for number in range(6)]
+        (tmp_path / "pairs/train/pairs.csv").write_text("\n".join(["image,depth", *rows]))
+        train(monkeypatch, files, tmp_path / str(run), *options)
+        assert len(list((tmp_path / "cache").iterdir())) == 1 + depth
+
+
 @pytest.mark.parametrize("place, channels", [("down1", 8), ("down2", 16), ("mid", 16)])
 def test_the_objective_against_its_parts(files, place, channels):
     """`Stage1` is the sum of what the paper says, put together here by hand."""
