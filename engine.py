@@ -31,7 +31,12 @@ def run(main):
             raise
         print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            print("error: out of memory: in training, give a smaller --micro-batch or "
+                  "--checkpoint-activations on; otherwise a smaller --batch or --processing-res.",
+                  file=sys.stderr)
+            sys.exit(1)
         if not dist.is_initialized() or not re.search("gloo|NCCL", str(error)):
             raise
         print(f"error: rank {dist.get_rank()} can't reach the others any more: one of them has "
@@ -40,6 +45,12 @@ def run(main):
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def out_of_memory(error):
+    """Whether an error is that of a device, or of the system, which has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator" in str(error))
 
 
 def say(text, any_rank=False):

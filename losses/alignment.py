@@ -3,6 +3,8 @@
 arXiv 2501.02576, section III-B, Eq. 4-5.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -26,10 +28,15 @@ def teacher_image(image):
     480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image's (other sizes:
     rounded down to whole patches, at least one); bicubic without antialias.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=image.device)[:, None, None]
+    mean, std = imagenet_statistics(image.device)
     size = [max(side // 16, 1) * 14 for side in image.shape[2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
+
+
+@cache  # a GPU would have to be waited for each time
+def imagenet_statistics(device):
+    """Mean and standard deviation of the channels, 2,3,1,1 on a device."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[..., None, None]
 
 
 def resize_tokens(tokens, grid, size):

@@ -18,7 +18,7 @@ from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
 KINDS = ("sd2", "stage1", "stage2")
-MANY_PIXELS = 2 << 20  # of a picture whose maps should not lie in memory several times
+MANY_PIXELS = 4 << 20  # of a batch whose maps should not lie in memory several times
 
 
 class DepthMaster(nn.Module):
@@ -86,29 +86,30 @@ class DepthMaster(nn.Module):
     def forward(self, image, timesteps=(1,)):
         """image B,3,H,W in [-1,1] -> depth map B,1,8h,8w, clipped to [-1,1] (Eq. 1-2).
 
-        h, w are H/8, W/8 rounded down. float32 in, float32 out, whatever the weights' precision.
+        h, w are H/8, W/8 rounded down. float32 in, float32 out, whatever the weights' precision;
+        what is not finite becomes NaN.
         timesteps: of the passes, each of which starts from the last one's output; the method has
         one, at t = 1 (no noise, no scheduler: the output is the latent).
         """
         latent = self.encode(image.to(self.dtype))
         for timestep in timesteps:
             latent, _ = self.unet(latent, timestep=timestep)
-        return self.decode_depth(latent).float().clamp(-1, 1)
+        return clipped(self.decode_depth(latent))
 
     def decode_depth(self, latent):
         """latent B,4,h,w -> depth map B,1,8h,8w: the decoder's channels' mean, not clipped."""
-        way = strips.decode if self.in_strips(8 * latent.shape[2], 8 * latent.shape[3]) else (
-            AutoencoderKL.decode)
+        pixels = 64 * latent[:, 0].numel()
+        way = strips.decode if self.in_strips(pixels) else AutoencoderKL.decode
         return way(self.vae, latent).mean(dim=1, keepdim=True)
 
     def encode(self, image):
         """image B,3,H,W in [-1,1] -> latent B,4,h,w."""
-        way = strips.encode if self.in_strips(*image.shape[2:]) else AutoencoderKL.encode
+        way = strips.encode if self.in_strips(image[:, 0].numel()) else AutoencoderKL.encode
         return way(self.vae, image)
 
-    def in_strips(self, height, width):
+    def in_strips(self, pixels):
         """Whether the autoencoder goes in strips: without gradients, on a CPU or if it is much."""
-        much = self.device.type == "cpu" or height * width > MANY_PIXELS
+        much = self.device.type == "cpu" or pixels > MANY_PIXELS
         return much and not torch.is_grad_enabled()
 
     def predict(self, image, processing_res=None):
@@ -149,7 +150,7 @@ class DepthMaster(nn.Module):
         size = self.processing_size(targets.shape[2:], processing_res)
         x = F.interpolate(targets.to(self.device), size=size, mode="nearest-exact")
         latent = self.encode(x.expand(-1, 3, -1, -1).to(self.dtype))
-        return to_unit_map(self.decode_depth(latent).float().clamp(-1, 1), targets.shape[2:])
+        return to_unit_map(clipped(self.decode_depth(latent)), targets.shape[2:])
 
     def processing_size(self, size, processing_res=None):
         """(height, width) at which a picture of another size is processed, as in `predict`."""
@@ -186,6 +187,11 @@ def inference_dtype(device="cpu", precision="auto"):
                                   or torch.cpu._is_avx512_bf16_supported())
         precision = "bfloat16" if fast else "float32"
     return getattr(torch, precision)
+
+
+def clipped(depth):
+    """To float32 and [-1,1]; infinite numbers, which would look like a result then, to NaN."""
+    return depth.float().nan_to_num(torch.nan, torch.nan, torch.nan).clamp(-1, 1)
 
 
 def to_unit_map(depth, size):

@@ -77,10 +77,9 @@ def real_where_it_must_be(spectrum, size):
     It is 0 but for rounding, and the sign of that 0 would decide between a phase of pi and -pi.
     """
     # Deviation: the released code takes whatever sign comes.
-    rows, columns = ([0, side // 2] if side % 2 == 0 else [0] for side in size)
+    rows, columns = (slice(0, None, side // 2) if side % 2 == 0 else 0 for side in size)
     imaginary = spectrum.imag.clone()
-    for row in rows:
-        imaginary[:, :, row, columns] = 0
+    imaginary[:, :, rows, columns] = 0
     return torch.complex(spectrum.real, imaginary)
 
 

@@ -104,6 +104,22 @@ def test_precision_of_inference(model, precision):
     assert np.abs(depth - exact).mean() < (1e-6 if precision == "float32" else 1e-2)
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_is_no_depth(model, value):
+    torch.nn.init.constant_(model.vae.decoder.conv_out.bias, value)
+    with pytest.raises(ValueError, match="not finite"):
+        model.predict(picture(40, 56))
+    assert model.round_trip(torch.zeros(1, 1, 40, 56)).isnan().all()
+
+
+def test_what_overflows_in_half_precision_is_computed_once_more(model):
+    with torch.no_grad():  # beyond float16 after the last convolution
+        model.vae.decoder.conv_out.weight.fill_(6e4)
+    with pytest.warns(UserWarning, match="float16 overflowed"):
+        depth = model.for_inference("cpu", "float16").predict(picture(40, 56))
+    assert np.isfinite(depth).all() and depth.max() == 1
+
+
 def test_file_round_trip(model, tmp_path):
     model.kind, model.sources, model.licence = "stage1", ["made up"], "none"
     path = tmp_path / "model.safetensors"

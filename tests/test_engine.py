@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -171,6 +172,17 @@ def test_run_turns_a_mistake_into_one_sentence(error, capsys, monkeypatch):
         engine.run(main)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "error: Bad thing.\n"
+
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(10**15), lambda: np.empty(10**15),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried ..."))])
+def test_too_little_memory_is_one_sentence(fail, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        engine.run(lambda: next(fail()))
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ") and "--micro-batch" in said
 
 
 def test_messages_are_one_line_whatever_names_hold(capsys):
