@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,11 +108,14 @@ def start(device="auto"):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} can't be used ({str(error).splitlines()[0]}): choose "
                          "cuda, mps or cpu, or leave it out.") from error
+    torch.backends.cudnn.allow_tf32 = False  # float32 means that; bfloat16 is what is fast
     if alone:
         return Ranks(0, 1, torch.device(device))
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # Ranks wait for each other while one fills its share of a cache, validates or saves.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                            timeout=timedelta(hours=3))
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
@@ -166,9 +170,10 @@ def free_memory(device):
 
 
 def training_dtype(precision, device):
-    """The autocast type: `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """The autocast type: `auto` is bfloat16 on GPUs that compute in it, and float32 elsewhere."""
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bfloat16" if fast else "float32"
     return getattr(torch, precision)
 
 
@@ -275,7 +280,7 @@ def add_training_options(parser, steps, lr):
     add("--extend", action="store_true", help="resume a run that had fewer --steps")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the networks; auto: bfloat16 on CUDA, else float32")
+        help="of the networks; auto: bfloat16 on GPUs that compute in it, else float32")
     add("--compile", action="store_true", help="torch.compile the U-Net")
     add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
         default="auto", help="recompute activations in the backward pass: less memory, a third "

@@ -11,9 +11,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
 
-from data.chunks import Chunks
+from data.chunks import Chunks, read_ahead
 from data.transforms import TARGETS as SPACES
 from data.transforms import to_target_space
 
@@ -270,7 +269,7 @@ def evaluate_dataset(predict, reader, spaces, min_depth, max_depth, negative="cl
         on_bad(name, reason)
 
     chunks = [[index] for index in range(len(reader))] if chunks is None else list(chunks)
-    for chunk in DataLoader(Chunks(reader, chunks), batch_size=None, num_workers=workers):
+    for chunk in read_ahead(Chunks(reader, chunks), workers, batch_size=None):
         for sample, pred in predict_chunk(predict, chunk, bad):
             try:
                 scored, pred_m = score_sample(sample, torch.as_tensor(pred), spaces, min_depth,

@@ -118,8 +118,9 @@ def options():
     args = parser.parse_args()
     if not args.align_weight >= 0:
         parser.error(f"--align-weight is {args.align_weight}, but must be 0 or more")
-    if not (args.data or args.vkitti or args.sd2):
-        parser.set_defaults(**embedded.STAGE1)  # minutes, not days
+    if not (args.data or args.vkitti):
+        minutes = {} if args.sd2 else embedded.STAGE1  # not days
+        parser.set_defaults(**minutes, **embedded.CROP)
         args = parser.parse_args()
     return args
 
@@ -150,6 +151,7 @@ def main():
     args = options()
     ranks = engine.start(args.device)
     dtype = engine.training_dtype(args.precision, ranks.device)
+    args.precision = str(dtype).removeprefix("torch.")  # a run goes on with what auto means here
     torch.manual_seed(args.seed)
 
     data, vkitti = embedded.training_data(args.data, args.vkitti)
@@ -205,15 +207,14 @@ def main():
             if outcome:
                 progress.report(done, outcome, rate)
             leave, save = watch.agree()
-            if ranks.first and held_out and not leave and (
-                    last or done % args.validate_every == 0):
-                check(model, held_out, args.validate_images, dtype, args.out, done, log)
             due = done % args.save_every == 0 and not progress.bad  # not amid steps gone wrong
             if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, trained, optimizer, model)
             if leave:
                 engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
+            if ranks.first and held_out and (last or done % args.validate_every == 0):
+                check(model, held_out, args.validate_images, dtype, args.out, done, log)
     engine.stop()
 
 

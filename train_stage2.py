@@ -80,7 +80,7 @@ def options():
     if not (args.pixel_weight >= 0 and args.gradient_weight >= 0):
         parser.error("--pixel-weight and --gradient-weight must be 0 or more")
     if not (args.data or args.vkitti):
-        parser.set_defaults(**embedded.STAGE2)  # minutes, not days
+        parser.set_defaults(**embedded.STAGE2, **embedded.CROP)  # minutes, not days
         args = parser.parse_args()
     return args
 
@@ -89,6 +89,7 @@ def main():
     args = options()
     ranks = engine.start(args.device)
     dtype = engine.training_dtype(args.precision, ranks.device)
+    args.precision = str(dtype).removeprefix("torch.")  # a run goes on with what auto means here
     torch.manual_seed(args.seed)
 
     data, vkitti = embedded.training_data(args.data, args.vkitti)
@@ -140,15 +141,14 @@ def main():
             if outcome:
                 progress.report(done, outcome, rate)
             leave, save = watch.agree()
-            if ranks.first and held_out and not leave and (
-                    last or done % args.validate_every == 0):
-                check(model, held_out, args.validate_images, dtype, args.out, done, log)
             due = done % args.save_every == 0 and not progress.bad  # not amid steps gone wrong
             if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, model.unet, optimizer, model)
             if leave:
                 engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
+            if ranks.first and held_out and (last or done % args.validate_every == 0):
+                check(model, held_out, args.validate_images, dtype, args.out, done, log)
     engine.stop()
 
 

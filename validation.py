@@ -18,24 +18,34 @@ SHOWN = 4  # images on a picture
 def check(model, reader, images, dtype, folder, step, log):
     """Validates, after a step, into the run folder: a picture, a row of the log, a line to read."""
     picture = folder / "pictures" / f"{step:06d}.png"
-    scores = validate(model, reader, images, dtype, picture)
-    log.write({"step": step, "validation": scores})
+    bad = []
+    scores = validate(model, reader, images, dtype, picture, bad)
+    if bad:
+        engine.say(f"Step {step}: {len(bad)} validation samples can't be used, the first because: "
+                   f"{bad[0]}")
+    if not scores:
+        return
+    log.write({"step": step, "validation": scores, "left_out": len(bad)})
     engine.say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
                f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
                f"see {picture}.")
 
 
-def validate(model, reader, images, dtype, picture=None):
-    """Mean scores {name: float} of `images` samples spread over the reader.
+def validate(model, reader, images, dtype, picture=None, bad=None):
+    """Mean scores {name: float} of `images` samples spread over the reader; {} if none is usable.
 
     model: a DepthMaster; dtype: autocast's. picture: a file for the first few samples, one row
-    each: image, truth, prediction, error.
+    each: image, truth, prediction, error. bad: a list that is given why a sample can't be used.
     """
     rows = []
 
     def predict(samples):
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             return model.predict_batch(torch.stack([sample["image"] for sample in samples]))
+
+    def left_out(name, reason):
+        if bad is not None:
+            bad.append(reason)
 
     def look(sample, pred_m):
         if len(rows) < SHOWN:
@@ -48,13 +58,10 @@ def validate(model, reader, images, dtype, picture=None):
     indices = sorted({int(i) for i in np.linspace(0, len(reader) - 1, images)})
     scored = [row.scores[model.target] for row in evaluate_dataset(
         predict, reader, [model.target], MIN_DEPTH_M, MAX_DEPTH_M,
-        chunks=[[index] for index in indices], on_bad=lambda name, reason: None, look=look)]
+        chunks=[[index] for index in indices], on_bad=left_out, look=look)]
     model.train(was_training)
     if picture and rows:
         Path(picture).parent.mkdir(parents=True, exist_ok=True)
         same = [row for row in rows if row.shape == rows[0].shape]
         write_png(picture, np.concatenate(same))
-    if not scored:
-        raise ValueError("none of the validation samples can be used: look at them with "
-                         "python evaluate.py.")
-    return mean_scores(scored)
+    return mean_scores(scored) if scored else {}

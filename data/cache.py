@@ -20,13 +20,12 @@ from urllib.parse import quote
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.chunks import read_ahead
 from data.files import beside
-from data.training import (
-    Reading, TrainingSet, collate, leave_signals_to_the_parent, one_sentence_errors,
-)
+from data.training import TrainingSet, collate
 from data.transforms import BadSample, FilteredSample
 
 # In place of an entry: why the sample can't be used, or why it is left out on purpose.
@@ -91,8 +90,7 @@ class Missing(Dataset):
     def __getitem__(self, place):
         number, index, flip = self.todo[place]
         entry = self.cached.entry(number, index, flip)
-        if self.cached.reading:
-            self.cached.reading.note(entry.name)
+        self.reading.note(entry.name)
         try:
             sample = TrainingSet.prepared(self.cached, number, index, flip)
         except BadSample as error:
@@ -113,11 +111,8 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
     frozen(batch) -> {name: tensor of batch 1}; floating-point tensors are kept in dtype. OSError if
     they would not fit on the disk: told after the first of them.
     """
-    reading = cached.reading = Reading(workers)
     missing = Missing(cached, rank, world)
-    loader = DataLoader(missing, batch_size=None, num_workers=workers,
-                        worker_init_fn=leave_signals_to_the_parent)
-    rows = one_sentence_errors(loader, reading)
+    rows = read_ahead(missing, workers, batch_size=None)
     sized = rank > 0  # the first rank speaks for all
     for place, (entry, batch, error) in enumerate(
             tqdm(rows, desc="filling the cache", disable=rank > 0, total=len(missing))):

@@ -1,9 +1,69 @@
-"""Reading ahead: a reader's samples in lists, and a check that every one can be read."""
+"""Reading ahead in processes: any data set, a reader's samples in lists, a check of all samples."""
 
-from torch.utils.data import DataLoader, Dataset
+import atexit
+import multiprocessing
+import signal
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from data.transforms import FilteredSample
+
+
+def read_ahead(dataset, workers, **options):
+    """What a DataLoader with these options yields; a worker's error becomes one sentence.
+
+    dataset: gets a `reading`, a Reading that it may note its samples in, for a worker that dies.
+    """
+    dataset.reading = Reading(workers)
+    loader = DataLoader(dataset, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
+                        **options)
+    try:
+        batches = iter(loader)
+        atexit.register(end_readers)
+        # For a worker that dies, torch raises wherever the program is at that moment. Without its
+        # handler the loader notices, when its next batch is wanted.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from batches
+    except ValueError as error:
+        last_line = str(error).rstrip().split("\n")[-1]
+        raise ValueError(last_line.removeprefix("ValueError: ")) from error
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        names = " and ".join(dataset.reading.names())
+        raise ValueError(f"a process that reads data died (out of memory?) while the processes "
+                         f"read {names}: look at these, or use fewer --workers.") from error
+
+
+def leave_signals_to_the_parent(worker):
+    """A scheduler or a terminal may signal the workers, too: they end when their parent does."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_readers():
+    """Ends the workers that are left at exit, where Python's way is SIGTERM and to wait."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+class Reading:
+    """The name of the sample that each worker reads, in memory that outlives the worker."""
+
+    def __init__(self, workers):
+        self.rows = torch.zeros(max(workers, 1), 512, dtype=torch.uint8).share_memory_()
+
+    def note(self, name):
+        worker = get_worker_info()
+        if worker:
+            text = name.encode()[-511:]
+            self.rows[worker.id, :len(text) + 1] = torch.tensor([*text, 0], dtype=torch.uint8)
+
+    def names(self):
+        texts = (bytes(row.tolist()).partition(b"\0")[0] for row in self.rows)
+        return [text.decode(errors="replace") for text in texts if text]
 
 
 class Chunks(Dataset):
@@ -19,6 +79,7 @@ class Chunks(Dataset):
         return [self.read(index) for index in self.chunks[number]]
 
     def read(self, index):
+        self.reading.note(self.reader.name(index))
         try:
             return self.reader[index]
         except ValueError as error:
@@ -35,6 +96,7 @@ class Checked(Dataset):
         return len(self.reader)
 
     def __getitem__(self, index):
+        self.reading.note(self.reader.name(index))
         try:
             self.reader[index]
         except ValueError as error:
@@ -49,8 +111,8 @@ def preflight(readers, workers, tell):
     """
     total = 0
     for what, reader in readers.items():
-        rows = DataLoader(Checked(reader), batch_size=None, num_workers=workers)
-        rows = list(tqdm(rows, desc=what, unit="sample", dynamic_ncols=True))
+        rows = read_ahead(Checked(reader), workers, batch_size=None)
+        rows = list(tqdm(rows, what, len(reader), unit="sample", dynamic_ncols=True))
         bad = [(name, reason) for name, reason, filtered in rows if reason and not filtered]
         left_out = sum(filtered for _, _, filtered in rows)
         expected = "" if reader.expected is None else f" of {reader.expected:,}"

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import engine
+from data.chunks import read_ahead
 from data.files import beside, write_png
 from data.hypersim import PUBLISHED_COUNTS, SPLITS, Hypersim, are_present, depth_of
 from data.transforms import BadSample, FilteredSample
@@ -55,7 +56,7 @@ def prepare(raw, out, splits, workers):
     finished = are_finished(out, readers, pairs)
     todo = [(split, i) for (split, i), is_finished in zip(pairs, finished)
             if not is_finished and not was_filtered(dropped, split, readers[split].name(i))]
-    converted = DataLoader(Conversion(readers, out, todo), batch_size=None, num_workers=workers)
+    converted = read_ahead(Conversion(readers, out, todo), workers, batch_size=None)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / REPORT, "a", newline="") as file:  # so that a run that is killed loses nothing
         rows = csv.writer(file)
@@ -99,6 +100,7 @@ class Conversion(Dataset):
     def __getitem__(self, j):
         split, i = self.todo[j]
         reader = self.readers[split]
+        self.reading.note(reader.name(i))
         try:
             sample = reader[i]
         except BadSample as error:

@@ -1,18 +1,15 @@
 """The training set: samples of several data sets, drawn, normalised, resized and flipped."""
 
-import atexit
 import logging
-import multiprocessing
 import re
-import signal
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from einops import reduce
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
-from data.chunks import preflight
+from data.chunks import preflight, read_ahead
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
 from data.pairs import PAIRS_CSV, FolderOfPairs
 from data.sampler import draw_step, shuffled_index
@@ -180,13 +177,11 @@ def read_batches(training_set, sampler, workers, on_bad):
     on_bad(name, reason): called once for every sample that had to be replaced because it is bad.
     Raises ValueError when over 1 % of what was drawn is bad.
     """
-    training_set.reading = Reading(workers)
-    loader = DataLoader(training_set, batch_sampler=sampler, num_workers=workers,
-                        collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                        worker_init_fn=leave_signals_to_the_parent,
+    loaded = read_ahead(training_set, workers, batch_sampler=sampler, collate_fn=collate,
+                        pin_memory=torch.cuda.is_available(),
                         prefetch_factor=4 if workers else None)
     drawn, count, bad = 0, 0, {}
-    for batch in one_sentence_errors(loader, training_set.reading):
+    for batch in loaded:
         drawn += len(batch["name"])
         for name, reason, filtered in batch.pop("replaced"):
             if not filtered:
@@ -198,58 +193,6 @@ def read_batches(training_set, sampler, workers, on_bad):
             raise ValueError(f"{count} of the {drawn} samples drawn can't be used, over "
                              f"{MAX_BAD_SHARE:.0%}: {'; '.join(bad.values())}")
         yield batch
-
-
-def one_sentence_errors(loader, reading):
-    """The loader's batches; a worker's error as one sentence, without the traceback around it.
-
-    reading: what each worker reads at the moment, for one that dies.
-    """
-    try:
-        batches = iter(loader)
-        atexit.register(end_readers)
-        # For a worker that dies, torch raises wherever the program is at that moment. Without its
-        # handler the loader notices, when its next batch is wanted.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        yield from batches
-    except ValueError as error:
-        last_line = str(error).rstrip().split("\n")[-1]
-        raise ValueError(last_line.removeprefix("ValueError: ")) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError(f"a process that reads data died (out of memory?) while the processes "
-                         f"read {' and '.join(reading.names())}: look at these, or use fewer "
-                         "--workers.") from error
-
-
-def leave_signals_to_the_parent(worker):
-    """A scheduler or a terminal may signal the workers, too: they end when their parent does."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_readers():
-    """Ends the workers that are left at exit, where Python's way is SIGTERM and to wait."""
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-class Reading:
-    """The name of the sample that each worker reads, in memory that outlives the worker."""
-
-    def __init__(self, workers):
-        self.rows = torch.zeros(max(workers, 1), 512, dtype=torch.uint8).share_memory_()
-
-    def note(self, name):
-        worker = get_worker_info()
-        if worker:
-            text = name.encode()[-511:]
-            self.rows[worker.id, :len(text) + 1] = torch.tensor([*text, 0], dtype=torch.uint8)
-
-    def names(self):
-        texts = (bytes(row.tolist()).partition(b"\0")[0] for row in self.rows)
-        return [text.decode(errors="replace") for text in texts if text]
 
 
 def open_training_source(root, split="train", depth_scale=1000.0, crop=(352, 1216)):

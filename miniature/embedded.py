@@ -7,6 +7,9 @@ from pathlib import Path
 
 import engine
 from miniature import render
+from nets import checkpoint
+from nets.depthmaster import KINDS
+from nets.unet import UNet
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 SD2 = WEIGHTS / "miniature_sd2.safetensors"
@@ -15,12 +18,13 @@ TRAINED = WEIGHTS / "miniature.safetensors"
 SCENES = Path(__file__).resolve().parent / "scenes"
 FRAMES = dict(train=960, val=48, streets_train=50, streets_val=8)
 
+CROP = dict(vkitti_crop=(96, 336))  # of the embedded streets
 # A run of minutes on two cores in place of the paper's days.
 STAGE1 = dict(steps=590, batch=16, micro_batch=8, lr=1.4e-3, warmup=30, decay_steps=850,
-              vkitti_crop=(96, 336), cache=Path(__file__).resolve().parent / "cache",
+              cache=Path(__file__).resolve().parent / "cache",
               validate_every=590, save_every=295)
 STAGE2 = dict(steps=60, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=60,
-              vkitti_crop=(96, 336), validate_every=60, save_every=30)
+              validate_every=60, save_every=30)
 
 
 def scenes():
@@ -74,6 +78,12 @@ def stage1_weights(data_given, ckpt):
         raise FileNotFoundError(
             f"{stage1} is not there: run train_stage1.py first, or give its model with --ckpt (to "
             "train in one stage: --ckpt weights/sd2.safetensors).")
+    sizes = checkpoint.read_header(stage1, kinds=KINDS)["config"]["unet"]
+    official = UNet.__init__.__kwdefaults__["channels"]
+    if tuple(sizes.get("channels", official)) != official:
+        raise ValueError(
+            f"{stage1} is a small model, as of the embedded miniature: train stage 1 on --data "
+            f"first, or give --ckpt {stage1} if it is meant.")
     return stage1
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import engine
 import evaluate
 import metrics
 from data.benchmarks import BENCHMARKS, find_benchmarks
+from data.pairs import FolderOfPairs
 from data.transforms import normalise_target
 from miniature import embedded
 from nets.depthmaster import DepthMaster
@@ -266,6 +268,20 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(batch, tmp_path, ckpt):
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     lines = (tmp_path / "cut/per_image.csv").read_text().splitlines()
     assert len(lines) == 31 and len({line.split(",")[1] for line in lines}) == 31
+
+
+def test_a_reader_that_dies_is_one_sentence(tmp_path):
+    root = many_pairs(tmp_path, count=4) / "pairs"
+
+    class Dying(FolderOfPairs):
+        def __getitem__(self, index):
+            if index == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    with pytest.raises(ValueError, match="died .* read rgb/02: look at"):
+        list(metrics.evaluate_dataset(lambda samples: [torch.ones(45, 50)], Dying(root), ["depth"],
+                                      1e-5, 80, workers=1))
 
 
 def test_ranks_share_the_images(tmp_path, ckpt):

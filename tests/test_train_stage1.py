@@ -1,5 +1,6 @@
 """train_stage1.py from end to end, on networks of a few thousand parameters and some pairs."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine
 import train_stage1
 from losses.alignment import feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import latent_loss
@@ -199,6 +201,36 @@ def test_another_table_is_another_folder_of_the_cache(files, tmp_path, monkeypat
         (tmp_path / "pairs/train/pairs.csv").write_text("\n".join(["image,depth", *rows]))
         train(monkeypatch, files, tmp_path / str(run), *options)
         assert len(list((tmp_path / "cache").iterdir())) == 1 + depth
+
+
+def test_validation_says_what_it_leaves_out_and_costs_no_step(files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(files / "pairs", tmp_path / "pairs")
+    (tmp_path / "pairs/val/rgb/0.png").write_bytes(b"no picture")
+    options = ["--data", tmp_path / "pairs", "--steps", 2]
+    row = train(monkeypatch, files, tmp_path / "half", *options)[-1]
+    assert row["left_out"] == 1 and 0 < row["validation"]["abs_rel"] < 1
+    assert "1 validation samples can't be used, the first because" in capsys.readouterr().err
+    (tmp_path / "pairs/val/rgb/1.png").unlink()
+    rows = train(monkeypatch, files, tmp_path / "none", *options)
+    assert not any("validation" in row for row in rows)
+    assert (tmp_path / "none/model.safetensors").exists()
+
+
+def test_a_run_goes_on_with_what_auto_meant(files, tmp_path, monkeypatch):
+    train(monkeypatch, files, tmp_path, "--steps", 2)
+    assert json.loads((tmp_path / "args.json").read_text())["precision"] == "float32"
+    monkeypatch.setattr(engine, "training_dtype", lambda precision, device: torch.bfloat16)
+    with pytest.raises(ValueError, match="precision"):
+        train(monkeypatch, files, tmp_path, "--steps", 2)
+
+
+def test_weights_alone_are_trained_on_the_embedded_scenes(monkeypatch):
+    for words, crop, steps in ((["--sd2", "x"], (96, 336), 20_000), ([], (96, 336), 590),
+                               (["--data", "x"], (352, 1216), 20_000),
+                               (["--vkitti-crop", "64", "96"], [64, 96], 590)):
+        monkeypatch.setattr(sys, "argv", ["train_stage1.py", *words])
+        args = train_stage1.options()
+        assert (args.vkitti_crop, args.steps) == (crop, steps)
 
 
 @pytest.mark.parametrize("place, channels", [("down1", 8), ("down2", 16), ("mid", 16)])

@@ -226,3 +226,7 @@ def test_real_data_without_stage_1_says_the_way_out(files, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(FileNotFoundError, match="run train_stage1.py first"):
         train_stage2.main()
+    (tmp_path / "runs/stage1").mkdir(parents=True)
+    shutil.copy(files / "stage1.safetensors", tmp_path / "runs/stage1/model.safetensors")
+    with pytest.raises(ValueError, match="is a small model, .* give --ckpt runs/stage1"):
+        train_stage2.main()
