@@ -52,11 +52,11 @@ def options():
     add("--datasets", nargs="+", choices=BENCHMARKS, metavar="SET",
         help=f"of {' '.join(BENCHMARKS)} (all under ROOT)")
     add("--depth-scale", type=float, default=1000.0, help="of 16-bit pairs, per metre (1000)")
-    add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
+    add("--vkitti-crop", type=engine.positive, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
     add("--batch", type=engine.positive, help="images predicted at once (8 on CUDA, else 1)")
-    add("--workers", type=int, default=2, help="processes that read ahead (%(default)s)")
+    add("--workers", type=engine.whole, default=2, help="processes that read ahead (%(default)s)")
     add("--limit", type=engine.positive, metavar="N", help="only the first N images of each set")
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
@@ -66,7 +66,8 @@ def options():
         help="aligned values below 0; square: as the released code (%(default)s)")
     add("--f1-mask", choices=metrics.F1_MASKS, default="pair",
         help="pixels of an edge that must be valid; owner: as the released code (%(default)s)")
-    add("--processing-res", type=int, help="longest side in prediction, 0: native (the set's)")
+    add("--processing-res", type=engine.whole, metavar="PIXELS",
+        help="longest side in prediction, 0: native (the set's)")
     add("--paradigm", choices=PARADIGMS, default="single", help="Table II; iterative: four passes, "
         "each on the last one's output; i2l: the truth through the autoencoder (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="float32",

@@ -40,17 +40,14 @@ def options():
     add("--ckpt", type=Path, help="model (.safetensors; the embedded miniature)")
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
     add("--save", nargs="+", choices=ENDINGS, default=list(ENDINGS), help="what to write (all)")
-    add("--processing-res", type=int, metavar="PIXELS",
+    add("--processing-res", type=engine.whole, metavar="PIXELS",
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 where it is fast (GPUs, some CPUs), else float32")
     add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
         "follow each other (8 on CUDA, else 1)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
-    args = parser.parse_args()
-    if args.processing_res is not None and args.processing_res < 0:
-        parser.error(f"--processing-res is {args.processing_res}, but must be 0 or more")
-    return args
+    return parser.parse_args()
 
 
 def find_pictures(inputs, out):

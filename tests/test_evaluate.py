@@ -464,9 +464,14 @@ def test_mistakes_are_one_sentence(world, ckpt, monkeypatch, capsys):
         assert call(monkeypatch, *arguments) == 1
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("error: ") and message in last, last
-    assert call(monkeypatch, "--datasets", "imagenet") == 2
-    assert call(monkeypatch, "--limit", "0") == 2
-    assert call(monkeypatch, "--ckpt", ckpt, "--predictions", world) == 2
+
+
+@pytest.mark.parametrize("words", [
+    ["--datasets", "imagenet"], ["--limit", 0], ["--ckpt", "a", "--predictions", "b"],
+    ["--processing-res", -5], ["--workers", -1], ["--vkitti-crop", -1, 3], ["--vkitti-crop", 0, 0]])
+def test_wrong_options(words, monkeypatch, capsys):
+    assert call(monkeypatch, "--data", "nowhere", *words) == 2
+    assert "error: argument --" in capsys.readouterr().err
 
 
 def test_sets_are_found_by_their_folders(tmp_path):

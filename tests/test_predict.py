@@ -64,7 +64,7 @@ def files_in(folder):
 
 def test_a_size_below_zero_is_a_wrong_option(tmp_path, ckpt, monkeypatch, capsys):
     assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--processing-res", -5) == 2
-    assert "--processing-res is -5, but must be 0 or more" in capsys.readouterr().err
+    assert "--processing-res: must be a whole number, 0 or above" in capsys.readouterr().err
 
 
 def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
