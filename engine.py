@@ -307,6 +307,16 @@ def whole(text):
     return int(text)
 
 
+def whole_between(low, high):
+    """An argparse type: a whole number from `low` to `high`."""
+    def kind(text):
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {high}, not {text}")
+        return int(text)
+    return kind
+
+
 def not_negative(text):
     """argparse type: a number, 0 or above."""
     try:

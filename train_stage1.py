@@ -29,6 +29,7 @@ from data.transforms import TARGETS
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import cells_to_pixels, latent_loss, valid_cells
 from miniature import embedded
+from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.recompute import activation_bytes
@@ -113,7 +114,7 @@ def options():
         "remove it when pictures change")
     add("--cache-precision", choices=["float16", "float32"], default="float16",
         help="of what is kept (%(default)s)")
-    add_data_options(parser)
+    add_data_options(parser, engine.whole_between(*LONGEST))
     engine.add_training_options(parser, steps=20_000, lr=3e-5)
     args = parser.parse_args()
     if not args.align_weight >= 0:

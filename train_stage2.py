@@ -24,6 +24,7 @@ from data.training import (
 )
 from losses.gradient import gradient_loss, pixel_loss
 from miniature import embedded
+from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.recompute import activation_bytes
 from progress import Progress, Watch
@@ -74,7 +75,7 @@ def options():
     add("--fourier", choices=["on", "off"], default="on", help="the block, Table VI (%(default)s)")
     add("--fourier-init", choices=["default", "identity"], default="default",
         help="of a new block; identity: at first it only normalises (%(default)s)")
-    add_data_options(parser)
+    add_data_options(parser, engine.whole_between(*LONGEST))
     engine.add_training_options(parser, steps=10_000, lr=3e-6)
     args = parser.parse_args()
     if not (args.pixel_weight >= 0 and args.gradient_weight >= 0):

@@ -117,15 +117,15 @@ def collate(samples):
                 replaced=[entry for sample in samples for entry in sample["replaced"]])
 
 
-def add_data_options(parser):
-    """The options that say what both stages train on."""
+def add_data_options(parser, side):
+    """The options that say what both stages train on; side: argparse type of a size's pixels."""
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="Hypersim (raw or prepared) or a folder of pairs")
     add("--vkitti", type=Path, help="Virtual KITTI 2: one sample in ten, or all without --data")
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
-    add("--size", type=int, nargs=2, metavar=("H", "W"),
+    add("--size", type=side, nargs=2, metavar=("H", "W"),
         help="that --data is resized to (the model's own; SD2: 480 640)")
-    add("--vkitti-crop", type=int, nargs=2, metavar=("H", "W"), default=(352, 1216),
+    add("--vkitti-crop", type=side, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--rgb-resize", choices=list(RGB_RESIZES), default="nearest-exact",
         help="antialias is the better one, nearest-exact the paper's (%(default)s)")
@@ -150,8 +150,6 @@ def open_training_set(data, vkitti, size, crop=(352, 1216), depth_scale=1000.0,
     KITTI 2 keeps the size of its crop.
     """
     sources, probabilities, sizes = [], [], []
-    if min(size) < CELL:
-        raise ValueError(f"--size {size[0]} {size[1]} is too small: both need {CELL} pixels.")
     if data:
         sources.append(open_training_source(data, "train", depth_scale, crop))
         probabilities.append(0.9)

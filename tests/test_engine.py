@@ -222,6 +222,7 @@ def test_a_device_that_is_not_there_is_one_sentence():
 @pytest.mark.parametrize("kind, good, bad", [
     (engine.positive, ["1", "32"], ["0", "-1", "1.5", "x"]),
     (engine.whole, ["0", "32"], ["-1", "1.5", "x"]),
+    (engine.whole_between(8, 64), ["8", "64"], ["7", "65", "-8", "x"]),
     (engine.not_negative, ["0", "3e-5"], ["-1", "nan", "inf", "x"])])
 def test_option_types(kind, good, bad):
     assert [kind(text) for text in good] == [float(text) for text in good]

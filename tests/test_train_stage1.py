@@ -284,7 +284,6 @@ def test_the_ablations_run(files, tmp_path, monkeypatch, options, kind, words):
     (["--data", "/nowhere"], "/nowhere is not a folder"),
     (["--sd2", "dinov2.safetensors"], "holds a dinov2 model"),
     (["--dinov2", "sd2.safetensors"], "holds a sd2 model"),
-    (["--size", "4", "4"], "too small"),
 ])
 def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
     options = [files / word if word.endswith("tensors") else word for word in options]
@@ -305,6 +304,16 @@ def test_a_count_of_zero_is_a_wrong_option(files, tmp_path, monkeypatch, option,
         train(monkeypatch, files, tmp_path, option, 0)
     assert stopped.value.code == 2
     assert "above 0, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--size", 16, 9000], ["--size", 4, 16],
+                                   ["--vkitti-crop", 0, 0], ["--vkitti-crop", -1, 16]])
+def test_a_side_that_no_model_may_have_is_a_wrong_option(files, tmp_path, monkeypatch, words,
+                                                         capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, files, tmp_path, *words)
+    assert stopped.value.code == 2
+    assert f"{words[0]}: must be a whole number from 8 to 8192" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weight", ["-1", "nan"])

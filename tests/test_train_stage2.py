@@ -181,13 +181,21 @@ def test_one_stage_from_sd2_is_said(files, tmp_path, monkeypatch, capsys):
     (["--data", "/nowhere"], "/nowhere is not a folder"),
     (["--ckpt", "dinov2.safetensors"], "holds a dinov2 model"),
     (["--ckpt", "none.safetensors"], "none.safetensors is not there"),
-    (["--size", "4", "4"], "too small"),
 ])
 def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
     options = [files / word if word.endswith("tensors") else word for word in options]
     with pytest.raises((ValueError, OSError), match=words):
         train(monkeypatch, files, tmp_path / "run", *options)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["--size", "--vkitti-crop"])
+def test_a_side_that_no_model_may_have_is_a_wrong_option(files, tmp_path, monkeypatch, option,
+                                                         capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(monkeypatch, files, tmp_path, option, 16, 9000)
+    assert stopped.value.code == 2
+    assert f"{option}: must be a whole number from 8 to 8192" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--pixel-weight", "--gradient-weight"])
