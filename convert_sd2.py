@@ -18,12 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 import engine
 from nets import checkpoint
-from nets.depthmaster import KINDS, DepthMaster
+from nets.depthmaster import DepthMaster
 from nets.export import write_diffusers
 from nets.official import fit, open_source
 from nets.text import EMPTY_PROMPT, TextEncoder
-from nets.unet import UNet
-from nets.vae import AutoencoderKL
 
 MODELS = {"sd2": "Stable Diffusion 2", "stage1": "DepthMaster, stage 1",
           "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2"}
@@ -76,7 +74,7 @@ def assemble(source, path, dtype):
         raise ValueError(f"{path}: the U-Net takes {unet_sizes['in_channels']} channels, the "
                          f"autoencoder gives {vae_sizes['latent_channels']}: this is a variant "
                          "(inpainting, depth, upscaling); take the plain text-to-image model.")
-    text, about = text_constant(source, path)
+    text, settings = text_constant(source, path)
     if text.shape[1] != unet_sizes["text_width"]:
         raise ValueError(f"{path}: the U-Net takes a text of width {unet_sizes['text_width']}, the "
                          f"text encoder gives {text.shape[1]}: they are of different models.")
@@ -85,31 +83,31 @@ def assemble(source, path, dtype):
     tensors = {f"vae.{name}": tensor for name, tensor in vae.items()}
     tensors |= {f"unet.{name}": tensor for name, tensor in unet.items()}
     with torch.device("meta"):
-        model = DepthMaster(vae=vae_sizes, unet=unet_sizes, **about["config"])
+        model = DepthMaster(vae=vae_sizes, unet=unet_sizes, **settings)
     model.load_state_dict(tensors, assign=True)
-    model.kind, model.licence = about["kind"], about["licence"]
+    model.kind, model.licence = source.kind, source.licence
     return model
 
 
 def text_constant(source, path):
-    """The empty prompt's embedding (tokens, width), and what is to be said of the model.
+    """The empty prompt's embedding (tokens, width), and the model's other settings.
 
     Computed in float32 from the text encoder, or read from the file that --export wrote, which
-    also knows what the exported model was.
+    also knows the exported model's settings.
     """
     if source.exported:
-        header = checkpoint.read_header(source.exported, kinds=KINDS)
+        config = checkpoint.read_header(source.exported)["config"]
         names = ("target", "train_size", "processing_res")
         try:
             with safe_open(source.exported, framework="pt") as file:
                 text = file.get_tensor("text_embedding").float()
-            about = {name: header["config"][name] for name in names}
+            settings = {name: config[name] for name in names}
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{source.exported} is damaged ({error}): export the model "
                              "again.") from None
         if text.ndim != 2:
             raise ValueError(f"{source.exported} is damaged: export the model again.")
-        return text, dict(kind=header["kind"], licence=header["licence"], config=about)
+        return text, settings
     if "text" not in source.parts:
         raise ValueError(f"{path} has no text encoder, of which the empty prompt's embedding is "
                          "needed: add text_encoder/ of the same Stable Diffusion 2 to the folder, "
@@ -122,7 +120,7 @@ def text_constant(source, path):
     with torch.device("meta"):
         encoder = TextEncoder(**sizes)
     encoder.load_state_dict(tensors, assign=True)
-    return encoder.empty_prompt(), dict(kind=source.kind, licence=source.licence, config={})
+    return encoder.empty_prompt(), {}
 
 
 def export(path, folder, dtype=torch.float32):
@@ -136,7 +134,8 @@ def export(path, folder, dtype=torch.float32):
 
 def report(source):
     """Says what was found."""
-    engine.say(f"{MODELS[source.kind]}: {source.layout}, {source.licence}")
+    what = f"An exported {source.kind} model" if source.exported else MODELS[source.kind]
+    engine.say(f"{what}: {source.layout}, {source.licence}")
     for part in source.parts.values():
         tensors = part.tensors.values()
         precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from nets import checkpoint, layouts
+from nets.depthmaster import KINDS
 from nets.dinov2 import DINOv2
 from nets.sizes import sizes
 from nets.text import TextEncoder
@@ -182,8 +183,6 @@ def open_diffusers(folder):
         if net == "text":
             tensors = without(stripped(tensors, "text_model.", file), TEXT_EXTRAS, ignored)
         parts[net] = Part(net, origin, tensors, read_settings(file))
-    if exported:
-        files[TEXT_CONSTANT] = exported
     kind = "stage2" if "fftblock.norm.weight" in parts["unet"].tensors else "sd2"
     adapter = next((file for file in (folder / ADAPTER, folder / "unet" / ADAPTER)
                     if file.is_file()), None)
@@ -191,6 +190,10 @@ def open_diffusers(folder):
         kind, files[ADAPTER] = "stage1", adapter
         ignored += adapter_names(adapter)
     licence = SD2_LICENCE if kind == "sd2" else DEPTHMASTER_LICENCE
+    if exported:
+        files[TEXT_CONSTANT] = exported
+        header = checkpoint.read_header(exported, kinds=KINDS)
+        kind, licence = header["kind"], header["licence"]
     return Source(kind, "a diffusers folder", parts, files, licence, ignored, exported)
 
 

@@ -198,8 +198,8 @@ def test_equal_runs_write_equal_bytes(tmp_path, converted, diffusers_folder):
     assert again.read_bytes() == converted.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["sd2", "stage1"])
-def test_export_and_back(tmp_path, converted, kind):
+@pytest.mark.parametrize("kind", ["sd2", "stage1", "stage2"])
+def test_export_and_back(tmp_path, converted, kind, capsys):
     model = DepthMaster.from_file(converted)
     model.kind, model.licence = kind, "of the test"
     model.config |= dict(target="disparity", train_size=[192, 256], processing_res=256)
@@ -212,7 +212,10 @@ def test_export_and_back(tmp_path, converted, kind):
         assert_equal(load_file(part / "diffusion_pytorch_model.safetensors"), tensors)
         written = json.loads((part / "config.json").read_text())
         assert {key: written[key] for key in settings} == settings
+    capsys.readouterr()
     convert_sd2.convert(folder, after)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"An exported {kind} model: a diffusers folder, of the test"
     assert_equal(load_file(after), load_file(before))
     headers = [checkpoint.read_header(file) for file in (before, after)]
     for key in ("kind", "licence", "config"):
