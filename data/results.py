@@ -27,15 +27,22 @@ class Journal:
         self.rows = read_rows(self.out / PER_IMAGE, self.columns)
 
     def add(self, dataset, image, values):
-        """Appends a row; a program that is killed afterwards has not lost it."""
+        """Appends a row; a program that is killed afterwards has not lost it.
+
+        OSError with the path if there is no room.
+        """
         row = dict(zip(self.columns, (dataset, image, *map(text, values)), strict=True))
         self.rows[dataset, image] = row
         line = io.StringIO()
         if not self.path.exists():
             csv.writer(line).writerow(self.columns)
         csv.writer(line).writerow(row.values())
-        with open(self.path, "a", newline="") as file:
-            file.write(line.getvalue())
+        try:
+            with open(self.path, "a", newline="") as file:
+                file.write(line.getvalue())
+        except OSError as error:
+            raise OSError(f"{self.path} can't be written ({error.strerror}): make room and give "
+                          "the same command again (the scores so far are kept).") from error
 
     def merge(self, keys):
         """Brings the ranks' files together into one: the rows of these keys, in their order."""
@@ -69,13 +76,13 @@ def prepare(out, settings):
     """Readies the folder for an evaluation with these settings; what differs from the last one's.
 
     settings: what the rows depend on, plain types. Rows that were made with others are removed, and
-    their pictures.
+    their pictures. ValueError if the file can't tell what the last one's were.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     path = out / SETTINGS
-    before = json.loads(path.read_text()) if path.exists() else None
+    before = read_settings(path) if path.exists() else None
     if before == settings:
         return []
     changed = sorted(name for name in settings if before and before.get(name) != settings[name])
@@ -85,6 +92,17 @@ def prepare(out, settings):
         shutil.rmtree(out / PICTURES, ignore_errors=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
     return changed
+
+
+def read_settings(path):
+    """What an evaluation was started with. ValueError if the file can't tell."""
+    try:
+        settings = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: remove it to begin anew, or choose another --out.")
+    return settings
 
 
 def write_metrics(out, results):

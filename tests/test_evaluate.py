@@ -1,6 +1,7 @@
 """evaluate.py on small worlds in the sets' own layouts, against test_metrics' numpy scores."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import evaluate
 import metrics
 from data.benchmarks import BENCHMARKS, find_benchmarks
 from data.pairs import FolderOfPairs
+from data.results import Journal, prepare
 from data.transforms import normalise_target
 from miniature import embedded
 from nets.depthmaster import DepthMaster
@@ -315,6 +317,25 @@ def test_scores_with_other_settings_are_not_mixed(world, monkeypatch, capsys):
     again = results(world / "out")[1]
     assert call(monkeypatch, *arguments[:-1], world / "fresh") == 0
     assert again == results(world / "fresh")[1]
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"garbage", b"\xff", b"", 99999 * b"["])
+def test_damaged_settings_are_named(content, tmp_path):
+    (tmp_path / "evaluation.json").write_bytes(content)
+    (tmp_path / "per_image.csv").write_text("scores")
+    with pytest.raises(ValueError, match="evaluation.json is damaged: remove it"):
+        prepare(tmp_path, {"align": "depth"})
+    assert (tmp_path / "per_image.csv").read_text() == "scores"
+
+
+def test_a_journal_without_room_names_its_path(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal(tmp_path, ["abs_rel"])
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError, match="per_image.csv can't be written .No space left.*make room"):
+        journal.add("pairs", "rgb/a", [0.1])
 
 
 def test_a_report_has_the_pictures_of_every_image(world, monkeypatch, capsys):
