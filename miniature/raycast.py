@@ -150,7 +150,7 @@ def _hits(geometry, origin, d, wanted=True):
     if d.shape[1] == 0:
         return
     origin = np.asarray(origin, np.float32)
-    d = np.where(d == 0, np.float32(1e-9), d)
+    d = _without_zeros(d)
     unit = d / np.sqrt(np.einsum("cn,cn->n", d, d))
     towards = geometry.centre - origin[:, None]
     distance = np.sqrt((towards**2).sum(axis=0))
@@ -182,7 +182,7 @@ def _entry(shape, origin, d):
     if shape.yaw:
         c, s = (np.float32(v) for v in _cos_sin(shape.yaw))
         o = np.array([c * o[0] + s * o[1], c * o[1] - s * o[0], o[2]])
-        d = np.stack([c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]])
+        d = _without_zeros(np.stack([c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]]))
     if shape.form == BOX:
         near, far = _slab(o[0], d[0], shape.half[0])
         spans = [_slab(o[i], d[i], shape.half[i]) for i in (1, 2)]
@@ -196,6 +196,11 @@ def _entry(shape, origin, d):
         near, far = np.maximum(near, a), np.minimum(far, b)
     near[(near > far) | (near < 1e-4)] = np.inf
     return near
+
+
+def _without_zeros(d):
+    """The rays d with components that can be divided by."""
+    return np.where(d == 0, np.float32(1e-9), d)
 
 
 def _slab(o, d, half):

@@ -98,6 +98,19 @@ def test_a_thin_post_far_away_is_hit_exactly_along_its_width():
     assert np.isfinite(t).tolist() == [False, False, True, True, True, False, False]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("yaw", [np.pi / 4, -np.pi / 4, 3 * np.pi / 4])
+def test_a_ray_along_the_axis_of_a_turned_box_hits_it(yaw):
+    box = Shape(BOX, (0, 0, 0), (0.5, 0.5, 0.5), WHITE, entity=0, label=4, yaw=yaw)
+    d = np.array([[np.cos(yaw), np.sin(yaw), 0]], np.float32).T
+    # The rotation gives the component across exactly 0.
+    assert (np.float32(np.cos(yaw)) * d[1] - np.float32(np.sin(yaw)) * d[0] == 0).all()
+    for distance_m in (3, 0.8):  # far: sorted out by its sphere; near: not
+        t, index = raycast.trace(raycast.Geometry([box]), -distance_m * d[:, 0], d)
+        assert index.tolist() == [0]
+        np.testing.assert_allclose(t, distance_m - 0.5, rtol=1e-5)
+
+
 def test_a_box_shades_the_floor_behind_it_and_light_falls_off_with_distance():
     floor = Shape(BOX, (0, 0, -0.1), (50, 50, 0.1), WHITE, entity=0, label=2)
     box = Shape(BOX, (1, 0, 0.5), (0.2, 0.2, 0.5), WHITE, entity=1, label=4)
