@@ -125,6 +125,7 @@ def text_constant(source, path):
 
 def export(path, folder, dtype=torch.float32):
     """Writes a model of this project as diffusers' folders; the path of the folder."""
+    engine.check_folder(folder.parent, f"--out {folder}:")
     model = DepthMaster.from_file(path, dtype=dtype)
     write_diffusers(model, folder)
     engine.say("The text encoder is not part of a model: its embedding of the empty prompt, a "
@@ -160,9 +161,10 @@ def dinov2_name(source, width):
 
 
 def check_out(out, source):
-    """Before the work: refuses to write over the source or in the place of a folder."""
+    """Before the work: refuses to write over the source, in the place of a folder, in a file."""
     if out is None:
         return
+    engine.check_folder(out.parent, f"--out {out}:")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: give the name of a .safetensors file.")
     if any(out.resolve() == file.resolve() for file in source.files.values()):

@@ -70,6 +70,13 @@ def printable(text):
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def check_folder(path, option):
+    """Before the work: FileExistsError if no folder can be at the path, as there is a file."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise FileExistsError(f"{option} {part} is a file: give a folder.")
+
+
 def is_first():
     """Whether this process is the first rank, or alone; before `start`, too."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -301,6 +301,7 @@ def main():
                      args.hypersim_split)
     if args.preflight:
         return preflight(dict(opened()), args.workers, engine.tell)
+    engine.check_folder(args.out, "--out")
     ranks = engine.start("cpu" if args.predictions else args.device)
     say_defaults(args.ckpt, args.predictions, args.data)
     ckpt = args.ckpt or embedded.TRAINED

@@ -223,6 +223,7 @@ def write(near, files):
 
 def main():
     args = options()
+    engine.check_folder(args.out, "--out")
     if not args.ckpt:
         engine.say(f"No --ckpt: predicting with the embedded miniature, {embedded.TRAINED}, a toy "
                    "trained on procedural rooms.")

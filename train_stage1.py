@@ -150,6 +150,9 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
 
 def main():
     args = options()
+    engine.check_folder(args.out, "--out")
+    if args.cache:
+        engine.check_folder(args.cache, "--cache")
     ranks = engine.start(args.device)
     dtype = engine.training_dtype(args.precision, ranks.device)
     args.precision = str(dtype).removeprefix("torch.")  # a run goes on with what auto means here

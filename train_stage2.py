@@ -88,6 +88,7 @@ def options():
 
 def main():
     args = options()
+    engine.check_folder(args.out, "--out")
     ranks = engine.start(args.device)
     dtype = engine.training_dtype(args.precision, ranks.device)
     args.precision = str(dtype).removeprefix("torch.")  # a run goes on with what auto means here

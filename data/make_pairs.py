@@ -56,6 +56,7 @@ def main(argv=None):
     folders = {name: getattr(options, name) for name in readers if getattr(options, name)}
     if not folders:
         parser.error("give at least one of " + ", ".join(f"--{name}" for name in readers))
+    engine.check_folder(options.out, "OUT")
     for name, folder in folders.items():
         write_pairs(options.out, name, folder, readers[name])
 

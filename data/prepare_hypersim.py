@@ -43,6 +43,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.workers < 0:
         parser.error(f"--workers is {options.workers}, but must be 0 or more")
+    engine.check_folder(options.out, "OUT")
     prepare(options.raw, options.out, options.splits, options.workers)
 
 

@@ -231,6 +231,17 @@ def test_option_types(kind, good, bad):
             kind(text)
 
 
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "deep" / "er"):
+        with pytest.raises(FileExistsError, match=f"^--out {file} is a file: give a folder.$"):
+            engine.check_folder(path, "--out")
+    engine.check_folder(tmp_path, "--out")
+    engine.check_folder(tmp_path / "new" / "er", "--out")
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_other_ranks_speak_only_when_any_may(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     engine.say("from the first")

@@ -487,6 +487,12 @@ def test_mistakes_are_one_sentence(world, ckpt, monkeypatch, capsys):
         assert last.startswith("error: ") and message in last, last
 
 
+def test_an_out_that_is_a_file_is_told_first(tmp_path, monkeypatch, capsys):
+    (file := tmp_path / "file").touch()
+    assert call(monkeypatch, "--predictions", "nowhere", "--data", "nowhere", "--out", file) == 1
+    assert capsys.readouterr().err == f"error: --out {file} is a file: give a folder.\n"
+
+
 @pytest.mark.parametrize("words", [
     ["--datasets", "imagenet"], ["--limit", 0], ["--ckpt", "a", "--predictions", "b"],
     ["--processing-res", -5], ["--workers", -1], ["--vkitti-crop", -1, 3], ["--vkitti-crop", 0, 0]])

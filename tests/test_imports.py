@@ -52,7 +52,7 @@ def test_arrows(path):
     if part != "benchmarks":
         assert not names & SCRIPTS, "scripts are not imported"
     if path.relative_to(ROOT).as_posix() in COMMANDS:
-        names.discard("engine")  # for engine.run
+        names.discard("engine")  # for main()
     if part in ALLOWED:
         assert names & PACKAGES <= ALLOWED[part]
     if part in ("nets", "losses"):

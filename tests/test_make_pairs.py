@@ -128,6 +128,8 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="--nyu .* has no pair in the layout"):
         convert(tmp_path / "out", "--nyu", tmp_path)
     write(tmp_path / "nyu/rgb_00001.jpg", picture())
+    with pytest.raises(FileExistsError, match="OUT .*rgb_00001.jpg is a file: give a folder."):
+        convert(tmp_path / "nyu/rgb_00001.jpg", "--nyu", tmp_path / "nyu")
     write(tmp_path / "nyu/sync_depth_00001.png", units()[:4])
     with pytest.raises(BadSample, match="rgb_00001.jpg is 6x8, but its counterpart is 4x8"):
         convert(tmp_path / "out", "--nyu", tmp_path / "nyu")

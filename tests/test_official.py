@@ -152,6 +152,12 @@ def test_other_mistakes(tmp_path, monkeypatch, capsys, converted, diffusers_fold
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, *words)
         assert stop.value.code == code
+    for words in ((diffusers_folder, "--out", converted / "x"),
+                  (converted, "--export", "diffusers", "--out", converted / "x")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *words)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"error: --out {converted}/x: {converted} is a file: give a folder."
     source = tmp_path / "dinov2.pth"
     write_tensors(source, facebook_tensors("dinov2_gelu"))
     with pytest.raises(SystemExit):

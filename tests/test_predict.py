@@ -67,6 +67,12 @@ def test_a_size_below_zero_is_a_wrong_option(tmp_path, ckpt, monkeypatch, capsys
     assert "--processing-res: must be a whole number, 0 or above" in capsys.readouterr().err
 
 
+def test_an_out_that_is_a_file_is_told_first(tmp_path, monkeypatch, capsys):
+    (file := tmp_path / "file").touch()
+    assert call(monkeypatch, "nowhere", "--out", file / "deep") == 1
+    assert capsys.readouterr().err == f"error: --out {file} is a file: give a folder.\n"
+
+
 def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
     inputs, out = tmp_path / "in", tmp_path / "out"
     (inputs / "deep" / "er").mkdir(parents=True)

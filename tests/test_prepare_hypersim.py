@@ -146,4 +146,6 @@ def test_wrong_arguments(raw, tmp_path):
         with pytest.raises(SystemExit) as caught:
             run(raw, tmp_path / "out", *options)
         assert caught.value.code == 2
+    with pytest.raises(FileExistsError, match="OUT .*csv is a file: give a folder."):
+        run(tmp_path / "nowhere", raw / "metadata_images_split_scene_v1.csv")
     assert not (tmp_path / "out").exists()

@@ -284,6 +284,8 @@ def test_the_ablations_run(files, tmp_path, monkeypatch, options, kind, words):
     (["--data", "/nowhere"], "/nowhere is not a folder"),
     (["--sd2", "dinov2.safetensors"], "holds a dinov2 model"),
     (["--dinov2", "sd2.safetensors"], "holds a sd2 model"),
+    (["--out", "sd2.safetensors"], "--out .*sd2.safetensors is a file: give a folder."),
+    (["--cache", "sd2.safetensors"], "--cache .*sd2.safetensors is a file: give a folder."),
 ])
 def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
     options = [files / word if word.endswith("tensors") else word for word in options]

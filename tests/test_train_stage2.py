@@ -181,6 +181,7 @@ def test_one_stage_from_sd2_is_said(files, tmp_path, monkeypatch, capsys):
     (["--data", "/nowhere"], "/nowhere is not a folder"),
     (["--ckpt", "dinov2.safetensors"], "holds a dinov2 model"),
     (["--ckpt", "none.safetensors"], "none.safetensors is not there"),
+    (["--out", "sd2.safetensors"], "--out .*sd2.safetensors is a file: give a folder."),
 ])
 def test_mistakes_are_told(files, tmp_path, monkeypatch, options, words):
     options = [files / word if word.endswith("tensors") else word for word in options]
