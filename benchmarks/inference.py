@@ -14,6 +14,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -24,7 +25,7 @@ from nets.depthmaster import DepthMaster
 
 # precision, the peer's layout: time over its, on a CPU of two cores with AMX.
 TARGETS = {("bfloat16", "channels_last"): 0.68, ("float32", "channels_last"): 0.87}
-KINDS = {"convolution": "conv", "attention": "scaled_dot_product", "matrix product": "mm"}
+KINDS = {"convolution": "conv", "attention": "attention", "matrix product": "mm"}
 TARGET_H200 = 11e-3  # seconds an image, bfloat16, batch 8, 480x640
 
 
@@ -95,14 +96,12 @@ def print_profile(way, image):
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter lacks it
     with FlopCounterMode(display=False, custom_mapping={on_cpu: attention_work}) as counter:
         way(image)
-    counted, took = Counter(), Counter()
+    counted = Counter()
     for operation, work in counter.get_flop_counts()["Global"].items():
         counted[kind(str(operation))] += work / 1e12
     with profile() as recorded:
         way(image)
-    for row in recorded.key_averages():
-        time_us = row.self_device_time_total if image.is_cuda else row.self_cpu_time_total
-        took[kind(row.key)] += time_us / 1e6
+    took = seconds_by_kind(recorded.key_averages(), image.is_cuda)
     print("\n| operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|")
     for name, seconds in took.most_common(10):
         work = f"{counted[name]:.3g} | {counted[name] / seconds:.3f}" if counted[name] else " | "
@@ -112,6 +111,16 @@ def print_profile(way, image):
 def attention_work(query, key, value, *options, **more):
     """Operations of an attention, from the tensors' shapes."""
     return sdpa_flop_count(query, key, value)
+
+
+def seconds_by_kind(rows, on_gpu):
+    """{kind of operation: seconds} of a profile's rows."""
+    took = Counter()
+    for row in rows:
+        if row.device_type == DeviceType.CPU:  # else a GPU's kernel, whose time its operation has
+            time_us = row.self_device_time_total if on_gpu else row.self_cpu_time_total
+            took[kind(row.key)] += time_us / 1e6
+    return took
 
 
 def kind(operation):
