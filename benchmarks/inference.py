@@ -1,6 +1,6 @@
 """How long one prediction takes, beside the modules of diffusers, and where the time goes.
 
-    python -m benchmarks.inference [--size 480 640] [--precision bfloat16 float32]
+    python -m benchmarks.inference [--size 480 640] [--precision bfloat16 float32] [--batch 1 8]
     python -m benchmarks.inference --miniature --profile
 
 Random weights of Stable Diffusion 2's size, the same image for all; the ways alternate, the figure
@@ -9,7 +9,6 @@ is the median. The peer takes part where diffusers is installed (tests/requireme
 
 import argparse
 import importlib.util
-import time
 from collections import Counter
 
 import numpy as np
@@ -20,13 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import engine
 from benchmarks.peer import peer
+from benchmarks.timing import matrix_rate, seconds, utilisation
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 
-# precision, the peer's layout: time over its, on a CPU of two cores with AMX.
-TARGETS = {("bfloat16", "channels_last"): 0.68, ("float32", "channels_last"): 0.87}
+# On a CPU of two cores with AMX our time over the peer's; on a GPU our time.
+TARGETS = {
+    ("cpu", "bfloat16"): {"diffusers, channels_last": "0.68"},
+    ("cpu", "float32"): {"diffusers, channels_last": "0.87"},
+    ("cuda", "bfloat16"): {"ours": "11 ms an image on an H200, batch 8, 480x640"},
+}
 KINDS = {"convolution": "conv", "attention": "attention", "matrix product": "mm"}
-TARGET_H200 = 11e-3  # seconds an image, bfloat16, batch 8, 480x640
 
 
 def options():
@@ -34,11 +37,11 @@ def options():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
-    add("--batch", type=int, default=1)
+    add("--batch", type=engine.positive, nargs="+", default=[1])
     add("--precision", nargs="+", choices=["float32", "bfloat16", "float16"],
         default=["bfloat16", "float32"])
     add("--device", default="auto")
-    add("--runs", type=int, default=5)
+    add("--runs", type=engine.positive, default=5)
     add("--miniature", action="store_true", help="the embedded miniature, without a peer")
     add("--compile", action="store_true", help="ours also with torch.compile on the U-Net")
     add("--profile", action="store_true", help="where the time of ours goes")
@@ -59,36 +62,22 @@ def flops(args):
     config = DepthMaster.from_file(embedded.TRAINED).config if args.miniature else {}
     with torch.device("meta"):
         model = DepthMaster(**config)
-        image = torch.empty(args.batch, 3, *args.size)
+        image = torch.empty(1, 3, *args.size)
     with FlopCounterMode(display=False) as counter:
         latent, _ = model.unet(model.vae.encode(image))
         model.vae.decode(latent)
     return counter.get_total_flops()
 
 
-def timed(function, image):
-    """Seconds of one call; on a GPU from events on its own clock."""
-    if image.device.type != "cuda":
-        started = time.perf_counter()
-        function(image)
-        return time.perf_counter() - started
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    function(image)
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1000
-
-
 def alternate(ways, image, runs):
     """{name: seconds of each run}, after a run each to warm up."""
     for way in ways.values():
         way(image)
-    seconds = {name: [] for name in ways}
+    times = {name: [] for name in ways}
     for _ in range(runs):
         for name, way in ways.items():
-            seconds[name].append(timed(way, image))
-    return seconds
+            times[name].append(seconds(lambda: way(image), image.device))
+    return times
 
 
 def print_profile(way, image):
@@ -103,9 +92,9 @@ def print_profile(way, image):
         way(image)
     took = seconds_by_kind(recorded.key_averages(), image.is_cuda)
     print("\n| operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|")
-    for name, seconds in took.most_common(10):
-        work = f"{counted[name]:.3g} | {counted[name] / seconds:.3f}" if counted[name] else " | "
-        print(f"| {name} | {seconds:.3g} | {seconds / took.total():.1%} | {work} |")
+    for name, spent in took.most_common(10):
+        work = f"{counted[name]:.3g} | {counted[name] / spent:.3f}" if counted[name] else " | "
+        print(f"| {name} | {spent:.3g} | {spent / took.total():.1%} | {work} |")
 
 
 def attention_work(query, key, value, *options, **more):
@@ -128,35 +117,44 @@ def kind(operation):
     return next((what for what, part in KINDS.items() if part in operation), operation)
 
 
+def print_table(title, times, batch, work, reached, targets):
+    """One row for each way of {way: seconds of each run of a batch}.
+
+    work: TFLOP an image; reached: TFLOP/s of a matrix product; targets: {way: text}.
+    """
+    print(f"\n| {title}, batch {batch} | median s | 10 % | 90 % | images/s | TFLOP/s (of a matrix "
+          "product's) | ours over it | target |\n|---|---|---|---|---|---|---|---|")
+    for name, values in times.items():
+        low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
+        rate = batch / median
+        ratio = np.median(np.divide(times["ours"], values))
+        print(f"| {name} | {median:.4g} | {low:.4g} | {high:.4g} | {rate:.3g} "
+              f"| {utilisation(rate * work, reached)} | {ratio:.2f} | {targets.get(name, '')} |",
+              flush=True)
+
+
 def main():
     args = options()
     device = engine.start(args.device).device
-    image = torch.rand(args.batch, 3, *args.size, device=device) * 2 - 1
-    counted = flops(args)
+    work = flops(args) / 1e12
     print(f"{torch.get_num_threads()} threads of the CPU" if device.type == "cpu" else
-          torch.cuda.get_device_name(device), f"torch {torch.__version__}, {args.batch} of "
-          f"{args.size[0]}x{args.size[1]}, {counted / 1e12:.2f} TFLOP unfolded", sep=", ")
+          torch.cuda.get_device_name(device), f"torch {torch.__version__}, "
+          f"{args.size[0]}x{args.size[1]}, {work:.2f} TFLOP unfolded", sep=", ")
     for precision in args.precision:
+        dtype = getattr(torch, precision)
         ways = {"ours": ours(args, device, precision)}
         if args.compile:
             ways["ours, compiled"] = ours(args, device, precision, compiled=True)
         if importlib.util.find_spec("diffusers") and not args.miniature:
-            dtype = getattr(torch, precision)
             ways["diffusers, channels_last"] = peer(device, dtype, torch.channels_last)
             ways["diffusers"] = peer(device, dtype, torch.contiguous_format)
-        seconds = alternate(ways, image, args.runs)
-        print(f"\n| {precision} | median s | 10 % | 90 % | TFLOP/s | ours over it | target |")
-        print("|---|---|---|---|---|---|---|")
-        for name, values in seconds.items():
-            low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
-            ratio = np.median(np.divide(seconds["ours"], values))
-            target = TARGETS.get((precision, name.removeprefix("diffusers, ")), "")
-            if name == "ours" and device.type == "cuda":
-                target = f"{TARGET_H200 * args.batch:.3f} s on an H200"
-            print(f"| {name} | {median:.4g} | {low:.4g} | {high:.4g} "
-                  f"| {counted / median / 1e12:.3f} | {ratio:.2f} | {target} |", flush=True)
-        if args.profile:
-            print_profile(ways["ours"], image)
+        targets = TARGETS.get((device.type, precision), {})
+        for batch in args.batch:
+            image = torch.rand(batch, 3, *args.size, device=device) * 2 - 1
+            times = alternate(ways, image, args.runs)
+            print_table(precision, times, batch, work, matrix_rate(device, dtype), targets)
+            if args.profile:
+                print_profile(ways["ours"], image)
 
 
 if __name__ == "__main__":

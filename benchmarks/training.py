@@ -14,13 +14,13 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+from benchmarks.timing import matrix_rate, seconds, utilisation
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
@@ -79,16 +79,6 @@ def objective_and_batch(args, row, device, dtype):
     return objective, batch, weights
 
 
-def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(args, row):
     """One row as a dict."""
     device = engine.start(args.device).device
@@ -120,18 +110,10 @@ def measure(args, row):
     median = times[len(times) // 2]
     return dict(low=times[0], median=median, high=times[-1], step=step, peak_gib=peak / 2**30,
                 tflops=counter.get_total_flops() / median / 1e12,
-                rate=rate(device, dtype),
+                rate=matrix_rate(device, dtype),
                 samples_per_second=BATCH / (BATCH / args.micro_batch * median + step),
                 what=f"{torch.cuda.get_device_name(device) if cuda else 'CPU'}, "
                      f"{torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
-
-
-def rate(device, dtype):
-    """What a large matrix product reaches, in TFLOP/s."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(5)) / 1e12
 
 
 def main():
@@ -148,8 +130,7 @@ def main():
                   "|---|---|---|---|---|---|---|")
         print(f"| {row} | {result['median']:.3g} ({result['low']:.3g} to {result['high']:.3g}) "
               f"| {result['step']:.3g} | {result['samples_per_second']:.3g} "
-              f"| {result['peak_gib']:.1f} | {result['tflops']:.3g} "
-              f"({100 * result['tflops'] / result['rate']:.0f} %) "
+              f"| {result['peak_gib']:.1f} | {utilisation(result['tflops'], result['rate'])} "
               f"| {TARGETS[row]} samples/s on an H200 |", flush=True)
 
 

@@ -1,12 +1,13 @@
 """What benchmarks/ makes of what it measures."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import inference
+from benchmarks import inference, timing
 
 
 @pytest.mark.parametrize("operation, kind", [
@@ -45,3 +46,39 @@ def test_a_cpu_profile_has_all_its_time():
     took = inference.seconds_by_kind(rows, on_gpu=False)
     assert took["convolution"] > 0 and took["matrix product"] > 0
     assert took.total() == pytest.approx(sum(r.self_cpu_time_total for r in rows) / 1e6)
+
+
+def test_seconds_of_a_call_on_the_cpu():
+    assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), torch.device("cpu")) < 2
+
+
+def test_seconds_of_a_call_on_a_gpu_are_those_between_two_events(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            happened.append(stream)
+
+        def synchronize(self):
+            happened.append("waited")
+
+        def elapsed_time(self, end):
+            return 250.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    took = timing.seconds(lambda: happened.append("called"), torch.device("cuda:1"))
+    assert took == 0.25
+    assert happened == ["stream of cuda:1", "called", "stream of cuda:1", "waited"]
+
+
+def test_the_table_of_predictions(capsys):
+    times = {"ours": [2.0, 2.0, 2.0], "diffusers": [4.0, 4.0, 4.0]}
+    inference.print_table("float32", times, batch=8, work=0.5, reached=4.0,
+                          targets={"diffusers": "0.87"})
+    *_, ours, other = capsys.readouterr().out.splitlines()
+    assert ours == "| ours | 2 | 2 | 2 | 4 | 2 (50 %) | 1.00 |  |"
+    assert other == "| diffusers | 4 | 4 | 4 | 2 | 1 (25 %) | 0.50 | 0.87 |"
