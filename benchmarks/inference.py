@@ -48,25 +48,48 @@ def options():
     return parser.parse_args()
 
 
-def ours(args, device, precision, compiled=False):
-    """A function image -> depth map."""
-    model = DepthMaster.from_file(embedded.TRAINED) if args.miniature else DepthMaster()
-    model.for_inference(device, precision)
-    if compiled:
+def ours(miniature, device, precision):
+    """The model as predict.py has it; random weights, but for the miniature's."""
+    if miniature:
+        return DepthMaster.from_file(embedded.TRAINED).for_inference(device, precision)
+    with torch.device(device):
+        model = DepthMaster()
+    return model.for_inference(device, precision)
+
+
+def every_way(args, device, precision):
+    """{name: function image B,3,H,W -> depth map B,1,H,W} of what is compared."""
+    ways = {"ours": torch.inference_mode()(ours(args.miniature, device, precision))}
+    if args.compile:
+        model = ours(args.miniature, device, precision)
         model.unet.compile()
-    return torch.inference_mode()(model)
+        ways["ours, compiled"] = torch.inference_mode()(model)
+    if with_peer(args):
+        dtype = getattr(torch, precision)
+        ways["diffusers, channels_last"] = peer(device, dtype, torch.channels_last)
+        ways["diffusers"] = peer(device, dtype, torch.contiguous_format)
+    return ways
 
 
-def flops(args):
-    """Operations of one plain prediction, from shapes alone."""
-    config = DepthMaster.from_file(embedded.TRAINED).config if args.miniature else {}
-    with torch.device("meta"):
-        model = DepthMaster(**config)
-        image = torch.empty(1, 3, *args.size)
+def with_peer(args):
+    return importlib.util.find_spec("diffusers") and not args.miniature
+
+
+def work_of_each(args):
+    """{"ours", "diffusers": TFLOP of a prediction}: ours with its folds, the other's plain."""
+    # With gradients enabled ours is not in strips, of which counting 12 megapixels takes minutes.
+    work = {"ours": operations(ours(args.miniature, "meta", "float32"), args.size)}
+    if with_peer(args):
+        unchanged = peer("meta", torch.float32, torch.contiguous_format)
+        work["diffusers"] = operations(unchanged, args.size)
+    return work
+
+
+def operations(way, size):
+    """TFLOP of one image of a size (height, width), from shapes alone; `way`: on meta."""
     with FlopCounterMode(display=False) as counter:
-        latent, _ = model.unet(model.vae.encode(image))
-        model.vae.decode(latent)
-    return counter.get_total_flops()
+        way(torch.empty(1, 3, *size, device="meta"))
+    return counter.get_total_flops() / 1e12
 
 
 def alternate(ways, image, runs):
@@ -120,39 +143,35 @@ def kind(operation):
 def print_table(title, times, batch, work, reached, targets):
     """One row for each way of {way: seconds of each run of a batch}.
 
-    work: TFLOP an image; reached: TFLOP/s of a matrix product; targets: {way: text}.
+    work: {"ours", "diffusers": TFLOP an image}; reached: TFLOP/s of a matrix product; targets:
+    {way: text}.
     """
-    print(f"\n| {title}, batch {batch} | median s | 10 % | 90 % | images/s | TFLOP/s (of a matrix "
-          "product's) | ours over it | target |\n|---|---|---|---|---|---|---|---|")
+    print(f"\n| {title}, batch {batch} | median s | 10 % | 90 % | images/s | TFLOP an image "
+          "| TFLOP/s (of a matrix product's) | ours over it | target |\n" + 9 * "|---" + "|")
     for name, values in times.items():
         low, median, high = np.quantile(values, (0.1, 0.5, 0.9))
-        rate = batch / median
+        rate, each = batch / median, work[name.split(",")[0]]
         ratio = np.median(np.divide(times["ours"], values))
-        print(f"| {name} | {median:.4g} | {low:.4g} | {high:.4g} | {rate:.3g} "
-              f"| {utilisation(rate * work, reached)} | {ratio:.2f} | {targets.get(name, '')} |",
+        print(f"| {name} | {median:.4g} | {low:.4g} | {high:.4g} | {rate:.3g} | {each:.3g} "
+              f"| {utilisation(rate * each, reached)} | {ratio:.2f} | {targets.get(name, '')} |",
               flush=True)
 
 
 def main():
     args = options()
     device = engine.start(args.device).device
-    work = flops(args) / 1e12
+    work = work_of_each(args)
     print(f"{torch.get_num_threads()} threads of the CPU" if device.type == "cpu" else
           torch.cuda.get_device_name(device), f"torch {torch.__version__}, "
-          f"{args.size[0]}x{args.size[1]}, {work:.2f} TFLOP unfolded", sep=", ")
+          f"{args.size[0]}x{args.size[1]}", sep=", ")
     for precision in args.precision:
-        dtype = getattr(torch, precision)
-        ways = {"ours": ours(args, device, precision)}
-        if args.compile:
-            ways["ours, compiled"] = ours(args, device, precision, compiled=True)
-        if importlib.util.find_spec("diffusers") and not args.miniature:
-            ways["diffusers, channels_last"] = peer(device, dtype, torch.channels_last)
-            ways["diffusers"] = peer(device, dtype, torch.contiguous_format)
+        ways = every_way(args, device, precision)
         targets = TARGETS.get((device.type, precision), {})
         for batch in args.batch:
             image = torch.rand(batch, 3, *args.size, device=device) * 2 - 1
             times = alternate(ways, image, args.runs)
-            print_table(precision, times, batch, work, matrix_rate(device, dtype), targets)
+            reached = matrix_rate(device, getattr(torch, precision))
+            print_table(precision, times, batch, work, reached, targets)
             if args.profile:
                 print_profile(ways["ours"], image)
 

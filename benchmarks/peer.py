@@ -15,7 +15,8 @@ def peer(device, dtype, layout):
     """A function image B,3,H,W in [-1,1] -> depth B,1,H,W, as the released code goes about it."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+    with torch.device(device):
+        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
     unet, vae = (module.to(device, dtype, memory_format=layout).eval() for module in (unet, vae))
     text = torch.randn(1, 2, 1024, device=device, dtype=dtype)
 
