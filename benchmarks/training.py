@@ -72,8 +72,7 @@ def objective_and_batch(args, row, device, dtype):
     if row == "stage 1, cached":
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             batch = objective.frozen(batch)
-        objective.vae = None
-        objective.teacher = objective.teacher.to("meta")  # no longer needed, but asked about
+        objective.teacher.to("meta")  # freed, as the trainer does; it validates with the VAE
     if args.compile:
         model.unet.compile()
     return objective, batch, weights
