@@ -56,7 +56,8 @@ def options():
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
     add("--batch", type=engine.positive, help="images predicted at once (8 on CUDA, else 1)")
-    add("--workers", type=engine.whole, default=2, help="processes that read ahead (%(default)s)")
+    add("--workers", type=engine.whole, default=engine.readers(),
+        help="processes that read ahead (here %(default)s)")
     add("--limit", type=engine.positive, metavar="N", help="only the first N images of each set")
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")

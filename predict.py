@@ -27,7 +27,7 @@ from miniature import embedded, render
 from nets.depthmaster import DepthMaster, inference_dtype
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png"}
-THREADS = 2  # that decode pictures and write results
+THREADS = engine.readers()  # that decode pictures and write results
 FAR_TO_NEAR = 10  # assumed ratio of the farthest to the nearest depth, in `to_sqrt_disparity` only
 
 

@@ -72,7 +72,7 @@ def objective_and_batch(args, row, device, dtype):
     if row == "stage 1, cached":
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             batch = objective.frozen(batch)
-        objective.teacher.to("meta")  # freed, as the trainer does; it validates with the VAE
+        objective.teacher = None  # as in the trainer, which validates with the autoencoder
     if args.compile:
         model.unet.compile()
     return objective, batch, weights

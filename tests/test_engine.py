@@ -174,6 +174,13 @@ def test_run_turns_a_mistake_into_one_sentence(error, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: Bad thing.\n"
 
 
+def test_readers_share_the_cores(monkeypatch):
+    for cores, ranks, expected in ((1, 1, 2), (6, 1, 6), (6, 2, 3), (64, 2, 8), (16, 8, 2)):
+        monkeypatch.setattr(engine.os, "cpu_count", lambda: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert engine.readers() == expected
+
+
 @pytest.mark.parametrize("fail", [
     lambda: torch.empty(10**15), lambda: np.empty(10**15),
     lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried ..."))])
