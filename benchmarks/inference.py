@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import engine
 from benchmarks.peer import peer
-from benchmarks.timing import matrix_rate, seconds, utilisation
+from benchmarks.timing import counter, matrix_rate, seconds, utilisation
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 
@@ -87,9 +86,9 @@ def work_of_each(args):
 
 def operations(way, size):
     """TFLOP of one image of a size (height, width), from shapes alone; `way`: on meta."""
-    with FlopCounterMode(display=False) as counter:
+    with counter() as operations_seen:
         way(torch.empty(1, 3, *size, device="meta"))
-    return counter.get_total_flops() / 1e12
+    return operations_seen.get_total_flops() / 1e12
 
 
 def alternate(ways, image, runs):
@@ -105,11 +104,10 @@ def alternate(ways, image, runs):
 
 def print_profile(way, image):
     """The kinds of operations that take longest, beside what was counted of their work."""
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter lacks it
-    with FlopCounterMode(display=False, custom_mapping={on_cpu: attention_work}) as counter:
+    with counter() as operations_seen:
         way(image)
     counted = Counter()
-    for operation, work in counter.get_flop_counts()["Global"].items():
+    for operation, work in operations_seen.get_flop_counts()["Global"].items():
         counted[kind(str(operation))] += work / 1e12
     with profile() as recorded:
         way(image)
@@ -118,11 +116,6 @@ def print_profile(way, image):
     for name, spent in took.most_common(10):
         work = f"{counted[name]:.3g} | {counted[name] / spent:.3f}" if counted[name] else " | "
         print(f"| {name} | {spent:.3g} | {spent / took.total():.1%} | {work} |")
-
-
-def attention_work(query, key, value, *options, **more):
-    """Operations of an attention, from the tensors' shapes."""
-    return sdpa_flop_count(query, key, value)
 
 
 def seconds_by_kind(rows, on_gpu):

@@ -1,8 +1,9 @@
-"""Seconds of a call, and what rate the device reaches at best."""
+"""Seconds of a call, its operations, and what rate the device reaches at best."""
 
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def seconds(function, device):
@@ -18,6 +19,21 @@ def seconds(function, device):
     after.record(stream)
     after.synchronize()
     return before.elapsed_time(after) / 1000  # from milliseconds
+
+
+def counter():
+    """A FlopCounterMode that counts the CPU's attention, too, which PyTorch's own leaves out."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def forward_work(query, key, value, *others, **options):
+        return sdpa_flop_count(query, key, value)
+
+    def backward_work(gradient, query, key, value, *others, **options):
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    return FlopCounterMode(display=False,
+                           custom_mapping={forward: forward_work, backward: backward_work})
 
 
 def matrix_rate(device, dtype):

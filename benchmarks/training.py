@@ -5,8 +5,8 @@
 
 Random weights of Stable Diffusion 2's and DINOv2 ViT-g's size, and samples that are in memory
 already: what the networks need, without reading (benchmarks.loading). Timed are the forward and
-backward pass of a micro-batch and, alone, Adam's step, once in 32 samples. Each row is a process of
-its own, so that its peak memory is its own.
+backward pass of a micro-batch and, alone, Adam's step, once in 32 samples. Operations that are
+recomputed count as work. Each row is a process of its own, so that its peak memory is its own.
 """
 
 import argparse
@@ -17,10 +17,9 @@ import sys
 
 import torch
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import engine
-from benchmarks.timing import matrix_rate, seconds, utilisation
+from benchmarks.timing import counter, matrix_rate, seconds, utilisation
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
@@ -91,7 +90,7 @@ def measure(args, row):
             losses = objective(batch)
         (sum(weights[name] * losses[name].sum() for name in weights) / BATCH).backward()
 
-    with FlopCounterMode(display=False) as counter:
+    with counter() as operations:
         micro_batch()
     if args.compile:
         micro_batch()
@@ -108,7 +107,7 @@ def measure(args, row):
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     median = times[len(times) // 2]
     return dict(low=times[0], median=median, high=times[-1], step=step, peak_gib=peak / 2**30,
-                tflops=counter.get_total_flops() / median / 1e12,
+                tflops=operations.get_total_flops() / median / 1e12,
                 rate=matrix_rate(device, dtype),
                 samples_per_second=BATCH / (BATCH / args.micro_batch * median + step),
                 what=f"{torch.cuda.get_device_name(device) if cuda else 'CPU'}, "

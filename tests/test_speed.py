@@ -76,6 +76,15 @@ def test_seconds_of_a_call_on_a_gpu_are_those_between_two_events(monkeypatch):
     assert happened == ["stream of cuda:1", "called", "stream of cuda:1", "waited"]
 
 
+def test_attention_on_the_cpu_is_counted():
+    """Two products of 2 * 5 * 7 * 16 operations for each of 6 heads, and five backward."""
+    q = torch.rand(2, 3, 5, 16, requires_grad=True)
+    k, v = torch.rand(2, 2, 3, 7, 16, requires_grad=True)
+    with timing.counter() as operations:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert operations.get_total_flops() == 7 * 6 * 2 * 5 * 7 * 16
+
+
 def test_the_table_of_predictions(capsys):
     times = {"ours": [2.0, 2.0, 2.0], "diffusers, channels_last": [4.0, 4.0, 4.0]}
     inference.print_table("float32", times, batch=8, work={"ours": 0.5, "diffusers": 1.0},
