@@ -10,9 +10,11 @@ import torch
 
 import engine
 import run_folder
+from data.training import collate, open_training_set
 from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
+from tests.test_vkitti import CROP, write_frame
 
 VAE = dict(channels=(8, 8, 8, 16), layers=1, groups=4)
 UNET = dict(channels=(8, 16), layers=1, attention=(False, True), heads=(1, 2), text_width=6,
@@ -66,6 +68,63 @@ def comes_back(train, file):
 
 def losses_of(rows):
     return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory):
+    """A folder of Virtual KITTI 2 with a few frames of 30x53 to train on and one held out."""
+    folder = tmp_path_factory.mktemp("streets")
+    for frame in range(5):
+        write_frame(folder, frame=frame)
+    write_frame(folder, scene="Scene01")
+    return folder
+
+
+def first_losses(objective, data, vkitti=None, size=(32, 48), dtype=torch.float32, **options):
+    """{name: mean} of an objective's losses over the samples of a run's first step, one by one.
+
+    options: of `open_training_set`.
+    """
+    samples = open_training_set(data, vkitti, size, batch=SHORT[1], **options)
+    objective.to(memory_format=torch.channels_last)  # in bfloat16 the layout rounds differently
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        rows = [objective(collate([samples[k]])) for k in range(SHORT[1])]
+    return {name: np.mean([row[name].item() for row in rows]) for name in rows[0]}
+
+
+def gradient_that_adam_had(out):
+    """Norm of the first step's gradient, of which Adam's first moment is a tenth."""
+    moments = torch.load(out / "state.pt", weights_only=True)["optimizer"]["state"].values()
+    return 10 * torch.cat([each["exp_avg"].flatten() for each in moments]).norm().item()
+
+
+def opened(monkeypatch, script, train):
+    """What a run, train(), reads and validates: training set, held-out reader, images, dtype."""
+    found, original = [], script.read_batches
+
+    def read_batches(training_set, *rest, **named):
+        found.append(training_set)
+        return original(training_set, *rest, **named)
+
+    monkeypatch.setattr(script, "read_batches", read_batches)
+    monkeypatch.setattr(script, "check", lambda model, *rest: found.extend(rest[:3]))
+    train()
+    return found
+
+
+def compiled_calls(monkeypatch, train):
+    """The modules whose calls go through what torch.compile made of them, once per call."""
+    called = []
+
+    def stand_in(function):
+        def counted(*arguments, **named):
+            called.append(function.__self__)
+            return function(*arguments, **named)
+        return counted
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    train()
+    return called
 
 
 def interrupt(monkeypatch, steps):

@@ -19,7 +19,11 @@ from losses.latent import latent_loss
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from tests.small_runs import SHORT, comes_back, files, interrupt, losses_of, run
+from nets.unet import UNet
+from tests.small_runs import (
+    CROP, SHORT, comes_back, compiled_calls, files, first_losses, gradient_that_adam_had, interrupt,
+    losses_of, opened, run, streets,
+)
 
 
 def train(monkeypatch, files, out, *options):
@@ -278,6 +282,70 @@ def test_the_ablations_run(files, tmp_path, monkeypatch, options, kind, words):
     named = {"loss", "step", "lr", "samples_per_second", "gradient_norm"}
     assert set(rows[0]) - named == words
     assert DepthMaster.from_file(tmp_path / "model.safetensors").target == kind
+
+
+def by_hand(files, align_at="mid", align_loss="kl", weight=1.0, seed=0, dtype=torch.float32,
+            **data):
+    """The loss of the first step of a run with these options."""
+    torch.manual_seed(seed)
+    model = DepthMaster.from_file(files / "sd2.safetensors")
+    teacher = DINOv2.from_file(files / "dinov2.safetensors", dtype=dtype)
+    objective = train_stage1.Stage1(model, teacher, align_at, align_loss)
+    means = first_losses(objective, files / "pairs", seed=seed, dtype=dtype, **data)
+    return means["latent"] + weight * means["alignment"]
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--target", "disparity"], dict(target="disparity")),
+    (["--align-at", "down2"], dict(align_at="down2")),
+    (["--align-loss", "cosine"], dict(align_loss="cosine")),
+    (["--align-weight", 0.25], dict(weight=0.25)),
+    (["--rgb-resize", "antialias"], dict(rgb_resize="antialias")),
+    (["--precision", "bfloat16"], dict(dtype=torch.bfloat16)),
+    (["--size", 24, 40], dict(size=(24, 40))),
+    (["--seed", 8], dict(seed=8)),
+])
+def test_options_decide_the_loss(files, tmp_path, monkeypatch, options, expected):
+    rows = train(monkeypatch, files, tmp_path, "--steps", 1, "--micro-batch", 1, *options)
+    loss = by_hand(files, **expected)
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert abs(loss / by_hand(files) - 1) > 1e-5
+
+
+def test_the_mix_with_virtual_kitti(files, streets, tmp_path, monkeypatch):
+    """With this seed the second of the four samples is a street."""
+    options = ["--vkitti", streets, "--vkitti-crop", *CROP, "--seed", 8, "--steps", 1]
+    rows = train(monkeypatch, files, tmp_path, *options)
+    loss = by_hand(files, vkitti=streets, crop=CROP, seed=8)
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_gradients_are_clipped(files, tmp_path, monkeypatch):
+    for out, options in (("plain", []), ("clipped", ["--clip-gradient", 0.01])):
+        [row, _] = train(monkeypatch, files, tmp_path / out, "--steps", 1, *options)
+        norm = row["gradient_norm"] if out == "plain" else 0.01
+        assert row["gradient_norm"] > 0.1
+        assert gradient_that_adam_had(tmp_path / out) == pytest.approx(norm, rel=1e-3)
+
+
+def test_options_reach_the_readers_and_the_validation(files, streets, tmp_path, monkeypatch):
+    samples, held_out, images, dtype = opened(monkeypatch, train_stage1, lambda: train(
+        monkeypatch, files, tmp_path / "pairs", "--steps", 1, "--depth-scale", 256,
+        "--validate-images", 7, "--precision", "bfloat16"))
+    assert [reader.depth_scale for reader in (*samples.sources, held_out)] == [256, 256]
+    assert (images, dtype) == (7, torch.bfloat16)
+    samples, held_out, *_ = opened(monkeypatch, train_stage1, lambda: run(
+        monkeypatch, train_stage1, tmp_path / "streets", "--sd2", files / "sd2.safetensors",
+        "--align-weight", 0, "--vkitti", streets, "--vkitti-crop", *CROP, "--steps", 1))
+    assert [reader.crop for reader in (*samples.sources, held_out)] == [CROP, CROP]
+
+
+@pytest.mark.parametrize("options, calls", [([], 0), (["--compile"], 4)])
+def test_only_the_unet_is_compiled(files, tmp_path, monkeypatch, options, calls):
+    """In training: two micro-batches, and in validation: two images."""
+    found = compiled_calls(monkeypatch, lambda: train(
+        monkeypatch, files, tmp_path, "--steps", 1, *options))
+    assert [type(module) for module in found] == [UNet] * calls
 
 
 @pytest.mark.parametrize("options, words", [

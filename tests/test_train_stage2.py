@@ -10,8 +10,12 @@ import train_stage1
 import train_stage2
 from losses.gradient import gradient_loss, pixel_loss
 from nets.depthmaster import DepthMaster
+from nets.unet import UNet
 from tests.fixtures.weights import relative_error
-from tests.small_runs import comes_back, files, interrupt, losses_of, run
+from tests.small_runs import (
+    CROP, comes_back, compiled_calls, files, first_losses, gradient_that_adam_had, interrupt,
+    losses_of, opened, run, streets,
+)
 
 
 def train(monkeypatch, files, out, *options):
@@ -148,6 +152,66 @@ def test_the_ablations_run(files, tmp_path, monkeypatch, options, block, weights
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-6)
     model = DepthMaster.from_file(tmp_path / "model.safetensors")
     assert (model.unet.fourier is not None) == block and model.kind == "stage2"
+
+
+def by_hand(files, fourier_init="default", seed=0, dtype=torch.float32, **data):
+    """The loss of the first step of a run with these options."""
+    torch.manual_seed(seed)
+    model = DepthMaster.from_file(files / "stage1.safetensors")
+    model.add_fourier(fourier_init)
+    means = first_losses(train_stage2.Stage2(model), files / "pairs", seed=seed, dtype=dtype,
+                         **data)
+    return means["pixel"] + 0.001 * means["gradient"]
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--fourier-init", "identity"], dict(fourier_init="identity")),
+    (["--rgb-resize", "antialias"], dict(rgb_resize="antialias")),
+    (["--precision", "bfloat16"], dict(dtype=torch.bfloat16)),
+    (["--size", 24, 40], dict(size=(24, 40))),
+    (["--seed", 8], dict(seed=8)),
+])
+def test_options_decide_the_loss(files, tmp_path, monkeypatch, options, expected):
+    rows = train(monkeypatch, files, tmp_path, "--steps", 1, "--micro-batch", 1, *options)
+    loss = by_hand(files, **expected)
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert abs(loss / by_hand(files) - 1) > 1e-5
+
+
+def test_the_mix_with_virtual_kitti(files, streets, tmp_path, monkeypatch):
+    """With this seed the second of the four samples is a street."""
+    options = ["--vkitti", streets, "--vkitti-crop", *CROP, "--seed", 8, "--steps", 1]
+    rows = train(monkeypatch, files, tmp_path, *options)
+    loss = by_hand(files, vkitti=streets, crop=CROP, seed=8)
+    assert rows[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_gradients_are_clipped(files, tmp_path, monkeypatch):
+    for out, options in (("plain", []), ("clipped", ["--clip-gradient", 0.01])):
+        [row, _] = train(monkeypatch, files, tmp_path / out, "--steps", 1, *options)
+        norm = row["gradient_norm"] if out == "plain" else 0.01
+        assert row["gradient_norm"] > 0.1
+        assert gradient_that_adam_had(tmp_path / out) == pytest.approx(norm, rel=1e-3)
+
+
+def test_options_reach_the_readers_and_the_validation(files, streets, tmp_path, monkeypatch):
+    samples, held_out, images, dtype = opened(monkeypatch, train_stage2, lambda: train(
+        monkeypatch, files, tmp_path / "pairs", "--steps", 1, "--depth-scale", 256,
+        "--validate-images", 7, "--precision", "bfloat16"))
+    assert [reader.depth_scale for reader in (*samples.sources, held_out)] == [256, 256]
+    assert (images, dtype) == (7, torch.bfloat16)
+    samples, held_out, *_ = opened(monkeypatch, train_stage2, lambda: run(
+        monkeypatch, train_stage2, tmp_path / "streets", "--ckpt", files / "stage1.safetensors",
+        "--vkitti", streets, "--vkitti-crop", *CROP, "--steps", 1))
+    assert [reader.crop for reader in (*samples.sources, held_out)] == [CROP, CROP]
+
+
+@pytest.mark.parametrize("options, calls", [([], 0), (["--compile"], 4)])
+def test_only_the_unet_is_compiled(files, tmp_path, monkeypatch, options, calls):
+    """In training: two micro-batches, and in validation: two images."""
+    found = compiled_calls(monkeypatch, lambda: train(
+        monkeypatch, files, tmp_path, "--steps", 1, *options))
+    assert [type(module) for module in found] == [UNet] * calls
 
 
 def test_the_block_takes_the_middle_features_place(files):
