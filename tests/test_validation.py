@@ -1,0 +1,107 @@
+"""validation.py, on a small model and pictures of two sizes."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import validation
+from data.pairs import FolderOfPairs
+from metrics import SCORES, evaluate_dataset, mean_scores, score
+from nets.depthmaster import DepthMaster
+from test_metrics import boxes
+from test_predict import photo, save_tiny
+
+SIZES = [(40, 60), (40, 60), (45, 50), (40, 60), (40, 60), (40, 60), (45, 50)]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    for kind in ("rgb", "depth"):
+        (folder / kind).mkdir()
+    for number, size in enumerate(SIZES):
+        depth_m, _ = boxes(*size, holes=0.05, seed=number)
+        depth_m[:5] = 90  # beyond what predictions are clipped to
+        iio.imwrite(folder / f"rgb/{number}.png", photo(*size, seed=number))
+        np.save(folder / f"depth/{number}.npy", depth_m.astype(np.float32))
+    return FolderOfPairs(folder)
+
+
+def model_of(folder, target):
+    return DepthMaster.from_file(save_tiny(folder / f"{target}.safetensors", target=target))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_of(tmp_path_factory.mktemp("model"), "sqrt_disparity")
+
+
+def by_hand(model, reader, indices):
+    """Mean scores of samples, one after the other."""
+    return mean_scores([score(model.predict(sample["image"].permute(1, 2, 0).numpy()),
+                              sample["depth"][0], sample["valid"][0], model.target, 1e-5, 65.0)
+                        for sample in (reader[index] for index in indices)])
+
+
+@pytest.mark.parametrize("images, indices", [
+    (1, [0]), (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (99, range(len(SIZES))),
+])
+def test_scores_are_those_of_samples_spread_over_the_reader(model, reader, images, indices):
+    scores = validation.validate(model, reader, images, torch.float32)
+    assert list(scores) == list(SCORES)
+    assert scores == pytest.approx(by_hand(model, reader, indices), rel=1e-9)
+
+
+@pytest.mark.parametrize("target", ["sqrt_disparity", "disparity", "depth"])
+def test_all_samples_score_as_in_an_evaluation(reader, tmp_path, target):
+    """In the space of the model's target."""
+    model = model_of(tmp_path, target)
+    rows = evaluate_dataset(lambda samples: model.predict_batch(torch.stack(
+        [sample["image"] for sample in samples])), reader, [target], 1e-5, 65.0)
+    expected = mean_scores([row.scores[target] for row in rows])
+    assert validation.validate(model, reader, 99, torch.float32) == expected
+
+
+def test_precision_is_autocasts(model, reader):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = by_hand(model, reader, [0, 6])
+    found = validation.validate(model, reader, 2, torch.bfloat16)
+    assert found == pytest.approx(expected, rel=1e-9) and found != by_hand(model, reader, [0, 6])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(model, reader, training):
+    modes = []
+    hook = model.unet.register_forward_hook(lambda *_: modes.append(model.training))
+    validation.validate(model.train(training), reader, 2, torch.float32)
+    hook.remove()
+    assert modes == [False, False] and model.training == training
+
+
+def test_the_picture_shows_the_first_samples_of_one_size(model, reader, tmp_path):
+    """Of seven samples four are looked at, and the third's size is another."""
+    path = tmp_path / "pictures/1.png"
+    validation.validate(model, reader, 99, torch.float32, path)
+    picture = iio.imread(path)
+    height = len(picture) // 3
+    assert picture.shape == (3 * height, 4 * 60, 3) and height > 40
+    for row, index in enumerate([0, 1, 3]):
+        shown = picture[(row + 1) * height - 40:(row + 1) * height, :60]
+        assert np.array_equal(shown, reader[index]["image"].permute(1, 2, 0).numpy())
+
+
+def test_a_check_is_a_row_a_line_and_a_picture(model, reader, tmp_path, capsys):
+    rows = []
+
+    class Log:
+        write = rows.append
+
+    validation.check(model, reader, 2, torch.float32, tmp_path, 30, Log)
+    scores = by_hand(model, reader, [0, 6])
+    assert len(rows) == 1 and rows[0]["step"] == 30
+    assert rows[0]["validation"] == pytest.approx(scores, rel=1e-9)
+    assert (tmp_path / "pictures/000030.png").exists()
+    said = capsys.readouterr().err
+    for name in ("abs_rel", "delta1", "boundary_f1"):
+        assert f" {scores[name]:.3f}" in said
