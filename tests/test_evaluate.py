@@ -26,6 +26,7 @@ from miniature import embedded
 from nets.depthmaster import DepthMaster
 from test_metrics import boxes, noisy, numpy_score
 from test_predict import photo, save_tiny
+from test_vkitti import CROP, HEIGHT, WIDTH, write_frame
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on their number
 SIZES = {"a": (40, 60), "deep/b": (45, 50), "deep/c": (45, 50)}
@@ -140,6 +141,46 @@ def test_a_model_is_scored_at_the_asked_resolution(world, ckpt, monkeypatch, cap
     assert (found["images"], found["limit"], found["align"]) == (2, 2, "depth")
     assert (found["processing_res"], found["precision"]) == (32, "float32")
     assert "only the first 2 were asked for (--limit)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_model_predicts_in_the_asked_precision(precision, world, ckpt, monkeypatch):
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--precision", precision,
+                "--out", world / "out") == 0
+    expected = {}
+    for each in ("float32", "bfloat16"):
+        model = DepthMaster.from_file(ckpt, dtype=getattr(torch, each))
+        pred = model.for_inference(precision=each).predict(photo(*SIZES["a"]))
+        expected[each] = pairs_score(pred, *truth(world, "a"), "sqrt_disparity")
+    found, images = results(world / "out")
+    assert images["pairs", "rgb/a"] == pytest.approx(expected[precision], rel=1e-5)
+    assert expected["float32"] != pytest.approx(expected["bfloat16"], rel=1e-4)
+    assert found["pairs"]["precision"] == precision
+
+
+def test_depth_scale_is_the_unit_of_the_truth(world, monkeypatch):
+    assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                "--depth-scale", 250, "--out", world / "out") == 0
+    depth_m, valid = truth(world, "a")
+    pred = np.load(world / "saved/pairs/rgb/a.npy")
+    expected = pairs_score(pred, 4 * depth_m, valid, "sqrt_disparity")
+    assert results(world / "out")[1]["pairs", "rgb/a"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_crop_of_virtual_kitti_is_the_asked_one(tmp_path, monkeypatch):
+    _, depth_cm = write_frame(tmp_path / "root/vkitti", scene="Scene01")
+    left = (WIDTH - CROP[1]) // 2
+    depth_m = depth_cm[HEIGHT - CROP[0]:, left:left + CROP[1]].astype(np.float32) / 100
+    pred = noisy(depth_m, "disparity")
+    path = tmp_path / "saved/vkitti/Scene01/clone/frames/rgb/Camera_0/rgb_00000.npy"
+    path.parent.mkdir(parents=True)
+    np.save(path, pred)
+    assert call(monkeypatch, "--predictions", tmp_path / "saved", "--data", tmp_path / "root",
+                "--align", "disparity", "--vkitti-crop", *CROP, "--out", tmp_path / "out") == 0
+    found = results(tmp_path / "out")[0]["vkitti"]
+    expected = numpy_score(pred, depth_m, depth_m < 80, "disparity", 1e-5, 80, "clamp", "pair")
+    assert {key: found[key] for key in metrics.SCORES} == pytest.approx(expected, rel=1e-6)
+    assert found["f1_resolution"] == f"{CROP[0]}x{CROP[1]}"
 
 
 @pytest.mark.parametrize("target", ["disparity", "depth"])
