@@ -14,7 +14,7 @@ import torch
 from tests.faults.harness import (
     finish, kill_at_random, poisoned, ranks_of, rows_of, sha256, skipped, start,
 )
-from tests.small_runs import SHORT, files
+from tests.small_runs import CROP, SHORT, files, streets
 from tests.test_hostile import mutations
 
 RUN = [*SHORT, "--validate-every", 999, "--save-every", 2, "--steps", 12]
@@ -79,19 +79,28 @@ def test_losses_do_not_depend_on_ranks_nor_on_a_change_of_them(files, undisturbe
     assert losses(out) == pytest.approx(undisturbed, rel=1e-4)
 
 
-def gradient(files, folder, ranks, *options):
+def gradient(command, folder, ranks, *options):
     """The whole gradient of the first step, as one vector."""
     folder.mkdir()
     driver = folder / "driver.py"
-    driver.write_text(GRADIENTS.format(script="train_stage1", out=str(folder / "gradient.pt")))
-    finish([driver, *stage1(files, *options)[1:], "--out", folder / "run"], ranks)
+    driver.write_text(GRADIENTS.format(script=command[0].removesuffix(".py"),
+                                       out=str(folder / "gradient.pt")))
+    finish([driver, *command[1:], *options, "--out", folder / "run"], ranks)
     return torch.cat([part.flatten() for part in torch.load(folder / "gradient.pt")])
 
 
-def test_gradients_do_not_depend_on_the_cut(files, tmp_path):
-    expected = gradient(files, tmp_path / "one", 1, "--micro-batch", 4)
-    for ranks, micro, workers in ((1, 1, 3), (2, 1, 0), (4, 1, 0)):
-        found = gradient(files, tmp_path / f"{ranks} {micro}", ranks, "--micro-batch", micro,
+@pytest.mark.parametrize("stage, cuts", [
+    (stage1, [(1, 1, 3), (2, 2, 0), (4, 1, 0)]), (stage2, [(2, 2, 0)]),
+])
+def test_gradients_do_not_depend_on_the_cut(files, streets, tmp_path, stage, cuts):
+    """With this seed one of the four samples is a street, of another size than the others.
+
+    Two ranks with micro-batches of two have one and two of them.
+    """
+    command = stage(files, "--vkitti", streets, "--vkitti-crop", *CROP, "--seed", 8)
+    expected = gradient(command, tmp_path / "one", 1, "--micro-batch", 4)
+    for ranks, micro, workers in cuts:
+        found = gradient(command, tmp_path / f"{ranks} {micro}", ranks, "--micro-batch", micro,
                          "--workers", workers)
         assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
