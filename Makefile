@@ -9,7 +9,7 @@ TWO_RANKS = OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=40000000
 FAST_PRECISION = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
 DEMO = runs/demo
 
-.PHONY: demo test test-units test-faults reference soak miniature
+.PHONY: demo test test-units test-runs reference soak miniature
 
 demo: .venv/ready   ## the main job in small: render, train both stages, evaluate, predict
 	$(PY) evaluate.py --ckpt weights/miniature_sd2.safetensors --datasets miniature --out $(DEMO)/scores_untrained
@@ -21,15 +21,17 @@ demo: .venv/ready   ## the main job in small: render, train both stages, evaluat
 	$(PY) predict.py --ckpt $(DEMO)/stage2/model.safetensors --out $(DEMO)/predictions
 	$(PY) -m miniature.demo_table $(DEMO)
 
-# Much of the time of runs that are killed is waiting, so the other tests run beside them.
+# Much of the time of runs that are killed is waiting, so the other tests run beside them. (A file
+# of these goes with them, which evens out the two halves.)
+RUNS = tests/faults tests/test_train_stage2.py
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 test-units test-faults
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 test-units test-runs
 
 test-units:
-	$(PY) -m pytest -q tests --ignore tests/reference --ignore tests/faults
+	$(PY) -m pytest -q tests --ignore tests/reference $(addprefix --ignore ,$(RUNS))
 
-test-faults:
-	$(PY) -m pytest -q tests/faults
+test-runs:
+	$(PY) -m pytest -q $(RUNS)
 
 reference: .venv-reference/ready   ## compares the networks with diffusers and transformers
 	.venv-reference/bin/python -m pytest -q tests/reference
