@@ -218,7 +218,8 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
     watch: where one process alone is asked to leave, it does so in the middle: None.
     """
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(len(weights), device=ranks.device, dtype=torch.float64)
+    exact = torch.float32 if ranks.device.type == "mps" else torch.float64  # Apple's lack float64
+    sums = torch.zeros(len(weights), device=ranks.device, dtype=exact)
     names = []
     for index in range(count):
         if watch and watch.leave and ranks.world == 1:
@@ -232,7 +233,7 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
             # Deviation: a mean over the step's samples, not over micro-batches. DDP divides by the
             # number of ranks; the samples of a step are counted over all ranks.
             (total * ranks.world / samples).backward()
-        sums += torch.stack([losses[name].detach().sum().double() for name in weights])
+        sums += torch.stack([losses[name].detach().sum().to(exact) for name in weights])
         names += batch.get("name", [])
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -240,7 +241,7 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
         torch.nn.utils.clip_grads_with_norm_(trained, clip, norm)
     if ranks.world > 1:
         dist.all_reduce(sums)
-    *means, norm = torch.cat([sums / samples, norm.double()[None]]).tolist()
+    *means, norm = torch.cat([sums / samples, norm.to(exact)[None]]).tolist()
     if not all(map(math.isfinite, (*means, norm))):
         return Outcome(None, names, gathered(names, ranks))
     optimizer.step()

@@ -300,6 +300,7 @@ def predict_chunk(predict, chunk, bad):
 
 def score_sample(sample, pred, spaces, min_depth, max_depth, negative, f1_mask):
     """ImageScores of one prediction, and its depth in metres in the first space."""
+    pred = pred.cpu() if pred.device.type == "mps" else pred  # Apple's lack float64
     depth_m, valid = (sample[name][0].to(pred.device) for name in ("depth", "valid"))
     _check_prediction(pred, depth_m.shape, sample["name"])
     scores, unfitted, first = {}, [], None
