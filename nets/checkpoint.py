@@ -159,6 +159,8 @@ def build(constructor, config, path, device="cpu", dtype=None):
 def read_tensors(path, names, device, dtype):
     """{name: tensor} of a file, on a device and in a type; without conversion, they stay mapped.
 
+    A convolution's weights that are converted become channels last, as they will be used.
+
     What was read of a mapped file counts as memory until the map is gone, so it is opened again
     every PART bytes. ValueError if another file has taken its place meanwhile.
     """
@@ -172,7 +174,9 @@ def read_tensors(path, names, device, dtype):
                 while names and converted < PART:
                     name = names.pop()
                     tensor = file.get_tensor(name)
-                    tensors[name] = tensor.to(dtype)
-                    if tensors[name] is not tensor:
+                    if tensor.dtype != dtype:
                         converted += tensor.nbytes
+                        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+                        tensor = tensor.to(dtype, memory_format=layout)
+                    tensors[name] = tensor
     return tensors
