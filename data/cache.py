@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError
@@ -51,7 +50,7 @@ class CachedTrainingSet(TrainingSet):
 
     def entry(self, number, index, flip):
         """The file of a sample, without suffix; number: the source's."""
-        name = quote(self.sources[number].name(index), safe=" ")  # which leaves no other %
+        name = self.sources[number].name(index).replace("%", "%25").replace("/", "%2F")
         return self.folder / str(number) / f"{name}{'%flipped' if flip else ''}"
 
     def prepared(self, number, index, flip):

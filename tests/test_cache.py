@@ -156,7 +156,14 @@ def test_what_is_left_out_on_purpose_is_not_tried_again(cached, monkeypatch):
     fill(cached, lambda batch: pytest.fail("read again"), torch.float32, workers=0)
 
 
-@pytest.mark.parametrize("names", [("rgb/a", "rgb~a"), ("a", "a%flipped"), ("a b", "a%20b")])
+@pytest.mark.parametrize("names", [
+    ("rgb/a", "rgb~a"), ("a", "a%flipped"), ("a/b", "a%2Fb"), ("a%b", "a%25b")])
 def test_no_two_samples_share_an_entry(cached, monkeypatch, names):
     monkeypatch.setattr(FolderOfPairs, "name", lambda self, index: names[index])
     assert len({cached.entry(0, index, flip) for index in (0, 1) for flip in (0, 1)}) == 4
+
+
+def test_a_long_name_in_any_script_has_an_entry(cached, monkeypatch):
+    monkeypatch.setattr(FolderOfPairs, "name", lambda self, index: "rgb/" + f"写真{index}" * 30)
+    fill(cached, frozen, torch.float32, workers=0)
+    assert cached[0]["name"].startswith("rgb/写真")
