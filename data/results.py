@@ -15,6 +15,7 @@ from data.files import beside
 PICTURES = "pictures"  # of the report: a folder
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
 KEY = ("dataset", "image")
+WORDS = (*KEY, "unfitted")  # columns that hold no number
 
 
 class Journal:
@@ -63,13 +64,24 @@ def text(value):
 
 
 def read_rows(path, columns):
-    """The complete rows of a journal; the last one may have been cut off in the middle."""
+    """The complete rows of a journal; what was cut off or holds no number is scored again."""
     if not path.exists():
         return {}
     content = path.read_bytes().decode(errors="replace")
     whole = content[:content.rfind("\n") + 1]
     rows = [row for row in csv.reader(io.StringIO(whole, newline="")) if len(row) == len(columns)]
-    return {tuple(row[:2]): dict(zip(columns, row)) for row in rows[1:]}
+    rows = [dict(zip(columns, row)) for row in rows[1:]]
+    return {tuple(row[name] for name in KEY): row for row in rows if numeric(row)}
+
+
+def numeric(row):
+    """Whether all scores and sizes of a row are numbers."""
+    try:
+        for name in row.keys() - WORDS:
+            float(row[name])
+    except ValueError:
+        return False
+    return True
 
 
 def prepare(out, settings):

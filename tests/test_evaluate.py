@@ -369,6 +369,15 @@ def test_damaged_settings_are_named(content, tmp_path):
     assert (tmp_path / "per_image.csv").read_text() == "scores"
 
 
+def test_a_row_that_holds_no_number_is_scored_again(tmp_path):
+    journal = Journal(tmp_path, ["abs_rel", "unfitted"])
+    for image in ("a", "b"):
+        journal.add("pairs", image, [0.1, "depth"])
+    path = tmp_path / "per_image.csv"
+    path.write_text(path.read_text().replace("pairs,a,0.1", "pairs,a,O.1"))
+    assert list(Journal(tmp_path, ["abs_rel", "unfitted"]).rows) == [("pairs", "b")]
+
+
 def test_a_journal_without_room_names_its_path(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
