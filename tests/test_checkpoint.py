@@ -40,6 +40,17 @@ def test_half_precision_files_are_opened_in_float32(tmp_path):
     assert checkpoint.build(linear, HEADER["config"], path).weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("numbers", [1, 40, 1 << 17])  # of a piece: less than a row, one, all
+def test_conversion_lays_convolutions_out_piece_by_piece(numbers, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", numbers)
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, 3, 3)
+    found = checkpoint.converted(weight, torch.bfloat16)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, weight.bfloat16())
+    assert checkpoint.converted(torch.ones(0, 4, 3, 3), torch.bfloat16).shape == (0, 4, 3, 3)
+
+
 def test_equal_models_are_equal_bytes(tmp_path):
     first, second = written(tmp_path / "a.safetensors"), written(tmp_path / "b.safetensors")
     assert first.read_bytes() == second.read_bytes()
