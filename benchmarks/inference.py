@@ -43,7 +43,7 @@ def options():
     add("--runs", type=engine.positive, default=5)
     add("--miniature", action="store_true", help="the embedded miniature, without a peer")
     add("--compile", action="store_true", help="ours also with torch.compile on the U-Net")
-    add("--profile", action="store_true", help="where the time of ours goes")
+    add("--profile", action="store_true", help="where the time of each goes")
     return parser.parse_args()
 
 
@@ -102,7 +102,7 @@ def alternate(ways, image, runs):
     return times
 
 
-def print_profile(way, image):
+def print_profile(name, way, image):
     """The kinds of operations that take longest, beside what was counted of their work."""
     with counter() as operations_seen:
         way(image)
@@ -112,10 +112,10 @@ def print_profile(way, image):
     with profile() as recorded:
         way(image)
     took = seconds_by_kind(recorded.key_averages(), image.is_cuda)
-    print("\n| operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|")
-    for name, spent in took.most_common(10):
-        work = f"{counted[name]:.3g} | {counted[name] / spent:.3f}" if counted[name] else " | "
-        print(f"| {name} | {spent:.3g} | {spent / took.total():.1%} | {work} |")
+    print(f"\n| {name}: operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|")
+    for what, spent in took.most_common(10):
+        work = f"{counted[what]:.3g} | {counted[what] / spent:.3f}" if counted[what] else " | "
+        print(f"| {what} | {spent:.3g} | {spent / took.total():.1%} | {work} |")
 
 
 def seconds_by_kind(rows, on_gpu):
@@ -166,7 +166,8 @@ def main():
             reached = matrix_rate(device, getattr(torch, precision))
             print_table(precision, times, batch, work, reached, targets)
             if args.profile:
-                print_profile(ways["ours"], image)
+                for name, way in ways.items():
+                    print_profile(name, way, image)
 
 
 if __name__ == "__main__":
