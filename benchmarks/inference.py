@@ -20,6 +20,7 @@ import engine
 from benchmarks.peer import peer
 from benchmarks.timing import counter, matrix_rate, seconds, utilisation
 from miniature import embedded
+from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 
 # On a CPU of two cores with AMX our time over the peer's; on a GPU our time.
@@ -35,7 +36,8 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
+    add("--size", type=engine.whole_between(*LONGEST), nargs=2, default=(480, 640),
+        metavar=("H", "W"))
     add("--batch", type=engine.positive, nargs="+", default=[1])
     add("--precision", nargs="+", choices=["float32", "bfloat16", "float16"],
         default=["bfloat16", "float32"])

@@ -24,6 +24,7 @@ import torch
 
 import engine
 from miniature import embedded
+from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster, inference_dtype
 
 OPENING_TARGET = 1.3  # times reading the file once
@@ -47,8 +48,8 @@ def options():
 
 def size(text):
     """argparse type: HxW -> (height, width)."""
-    height, width = text.split("x")
-    return int(height), int(width)
+    height, width = map(engine.whole_between(*LONGEST), text.split("x"))
+    return height, width
 
 
 # ------------------------------------------------------- measured, each in a process of its own

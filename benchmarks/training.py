@@ -21,6 +21,7 @@ from torch.profiler import profile
 import engine
 from benchmarks.timing import counter, matrix_rate, seconds, utilisation
 from miniature import embedded
+from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from train_stage1 import Stage1
@@ -34,7 +35,8 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="480 640, the miniature's 192 256")
+    add("--size", type=engine.whole_between(*LONGEST), nargs=2, metavar=("H", "W"),
+        help="480 640, the miniature's 192 256")
     add("--micro-batch", type=engine.positive, default=1)
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     add("--checkpoint-activations", choices=["on", "off"], default="off")

@@ -1,5 +1,7 @@
 """What benchmarks/ makes of what it measures."""
 
+import importlib
+import sys
 import time
 from types import SimpleNamespace
 
@@ -118,3 +120,14 @@ def test_training_with_a_cache_keeps_the_vae_and_frees_the_teacher():
     assert objective.teacher is None
     assert {p.device.type for p in objective.vae.parameters()} == {"cpu"}
     assert all(torch.isfinite(loss).all() for loss in objective(batch).values())
+
+
+@pytest.mark.parametrize("module, words", [
+    ("inference", ["--size", "4", "4"]), ("training", ["--size", "0", "640"]),
+    ("memory", ["--sizes", "4x4"]), ("memory", ["--sizes", "480"]),
+    ("memory", ["--sizes", "wide"]), ("scoring", ["--size", "0", "0"])])
+def test_sizes_that_no_picture_has_are_refused(module, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{module}").main()
+    assert ended.value.code == 2 and "error: argument --size" in capsys.readouterr().err
