@@ -4,6 +4,7 @@ It knows nothing of images: batches are dicts, objectives return named losses.
 """
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -17,16 +18,18 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: imported after `start`, its defaults keep the group for ever
 from torch.nn.parallel import DistributedDataParallel
 
 
 def run(main):
-    """Calls a script's main(); a user's mistake becomes one sentence and exit code 1.
+    """Calls a script's main(), then leaves its job; a user's mistake becomes one sentence and 1.
 
     The libraries raise ValueError or OSError for those; FULL_TRACEBACK=1 shows where.
     """
     try:
         main()
+        stop()
     except (ValueError, OSError) as error:
         if os.environ.get("FULL_TRACEBACK"):
             raise
@@ -133,9 +136,14 @@ def wait():
 
 
 def stop():
-    """Leaves the job cleanly."""
+    """Leaves the job, if there is one, once all that uses it (a script's main) has returned.
+
+    The group's threads have to end before Python does: one that lets go of a tensor meanwhile
+    aborts the process. They end with the group's last owner, the objective that `parallel` gave.
+    """
     wait()
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

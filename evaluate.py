@@ -333,7 +333,6 @@ def main():
         engine.wait()  # the ranks' files are gone before the next set's rows are written
     if ranks.first:
         present(results, args.out, args.report)
-    engine.stop()
 
 
 if __name__ == "__main__":

@@ -219,7 +219,6 @@ def main():
                 break
             if ranks.first and held_out and (last or done % args.validate_every == 0):
                 check(model, held_out, args.validate_images, dtype, args.out, done, log)
-    engine.stop()
 
 
 if __name__ == "__main__":
