@@ -4,12 +4,16 @@
     python -m benchmarks.inference --miniature --profile
 
 Random weights of Stable Diffusion 2's size, the same image for all; the ways alternate, the figure
-is the median. The peer takes part where diffusers is installed (tests/requirements-reference.txt).
+is the median. Each has a process of its own, as its users have: what one does to the memory is not
+the others' gain. The peer takes part where diffusers is installed
+(tests/requirements-reference.txt).
 """
 
 import argparse
 import importlib.util
+import multiprocessing
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,18 +62,57 @@ def ours(miniature, device, precision):
     return model.for_inference(device, precision)
 
 
-def every_way(args, device, precision):
-    """{name: function image B,3,H,W -> depth map B,1,H,W} of what is compared."""
-    ways = {"ours": torch.inference_mode()(ours(args.miniature, device, precision))}
-    if args.compile:
-        model = ours(args.miniature, device, precision)
+def as_predict(miniature, device, precision, compiled=False):
+    """`ours` in a process that is set up as predict.py's."""
+    model = ours(miniature, engine.start(str(device)).device, precision)
+    if compiled:
         model.unet.compile()
-        ways["ours, compiled"] = torch.inference_mode()(model)
+    return model
+
+
+def every_way(args, device, precision):
+    """{name: function that makes a function image B,3,H,W -> depth map B,1,H,W}, to compare."""
+    ways = {"ours": partial(as_predict, args.miniature, device, precision)}
+    if args.compile:
+        ways["ours, compiled"] = partial(ways["ours"], compiled=True)
     if with_peer(args):
         dtype = getattr(torch, precision)
-        ways["diffusers, channels_last"] = peer(device, dtype, torch.channels_last)
-        ways["diffusers"] = peer(device, dtype, torch.contiguous_format)
+        ways["diffusers, channels_last"] = partial(peer, device, dtype, torch.channels_last)
+        ways["diffusers"] = partial(peer, device, dtype, torch.contiguous_format)
     return ways
+
+
+class Apart:
+    """One of the ways in a process of its own, until it is closed."""
+
+    def __init__(self, name, make, device):
+        context = multiprocessing.get_context("spawn")
+        self.name, (self.connection, end) = name, context.Pipe()
+        context.Process(target=answer, args=(end, name, make, device), daemon=True).start()
+        end.close()
+
+    def ask(self, function, shape):
+        """What function(name, way, image) returns there, for an image of a shape. ValueError if it fails."""
+        try:
+            self.connection.send((function, shape))
+            return self.connection.recv()
+        except EOFError:
+            raise ValueError(f"the process of {self.name} has ended: look for its error; with "
+                             "none, the system had no memory left.") from None
+
+
+def answer(connection, name, make, device):
+    """Does what `Apart.ask` asks for, in the other process."""
+    torch.backends.cudnn.allow_tf32 = False
+    way = torch.inference_mode()(make())
+    while True:
+        try:
+            function, shape = connection.recv()
+        except EOFError:  # nobody asks any more
+            return
+        generator = torch.Generator().manual_seed(0)
+        image = (torch.rand(shape, generator=generator) * 2 - 1).to(device)
+        connection.send(function(name, way, image))
 
 
 def with_peer(args):
@@ -93,15 +136,19 @@ def operations(way, size):
     return operations_seen.get_total_flops() / 1e12
 
 
-def alternate(ways, image, runs):
-    """{name: seconds of each run}, after a run each to warm up."""
-    for way in ways.values():
-        way(image)
-    times = {name: [] for name in ways}
-    for _ in range(runs):
-        for name, way in ways.items():
-            times[name].append(seconds(lambda: way(image), image.device))
+def alternate(ways, shape, runs):
+    """{name: seconds of each run} of images of a shape, after a run each to warm up."""
+    times = {way.name: [] for way in ways}
+    for run in range(runs + 1):
+        for way in ways:
+            took = way.ask(time, shape)
+            if run:
+                times[way.name].append(took)
     return times
+
+
+def time(name, way, image):
+    return seconds(lambda: way(image), image.device)
 
 
 def print_profile(name, way, image):
@@ -160,16 +207,17 @@ def main():
           torch.cuda.get_device_name(device), f"torch {torch.__version__}, "
           f"{args.size[0]}x{args.size[1]}", sep=", ")
     for precision in args.precision:
-        ways = every_way(args, device, precision)
+        ways = [Apart(name, make, device)
+                for name, make in every_way(args, device, precision).items()]
         targets = TARGETS.get((device.type, precision), {})
         for batch in args.batch:
-            image = torch.rand(batch, 3, *args.size, device=device) * 2 - 1
-            times = alternate(ways, image, args.runs)
+            shape = batch, 3, *args.size
+            times = alternate(ways, shape, args.runs)
             reached = matrix_rate(device, getattr(torch, precision))
             print_table(precision, times, batch, work, reached, targets)
             if args.profile:
-                for name, way in ways.items():
-                    print_profile(name, way, image)
+                for way in ways:
+                    way.ask(print_profile, shape)
 
 
 if __name__ == "__main__":

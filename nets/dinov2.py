@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import checkpoint
+from nets.attention import attention
 
 
 class PatchEmbedding(nn.Module):
@@ -29,7 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attention(q, k, v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 

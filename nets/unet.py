@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import recompute
+from nets.attention import attention
 from nets.enlarge import enlarge
 from nets.fourier import FourierEnhancement
 
@@ -76,7 +77,7 @@ class Attention(nn.Module):
     def forward(self, x, context):
         tensors = self.q(x), self.k(context), self.v(context)
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in tensors)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attention(q, k, v)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
 

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import recompute
+from nets.attention import attention
 from nets.enlarge import enlarge
 
 
@@ -49,7 +50,7 @@ class Attention(nn.Module):
         """What is added to a map, from the normalised map."""
         height = n.shape[2]
         n = rearrange(n, "b c h w -> b 1 (h w) c")  # one head
-        n = F.scaled_dot_product_attention(self.q(n), self.k(n), self.v(n))
+        n = attention(self.q(n), self.k(n), self.v(n))
         return rearrange(self.out(n), "b 1 (h w) c -> b c h w", h=height)
 
 

@@ -106,7 +106,8 @@ def main():
     torch.save((losses, objective.linear.weight.detach()), {out!r} + os.environ["RANK"])
 
 engine.run(main)
-threads = [open("/proc/self/task/" + each + "/comm").read() for each in os.listdir("/proc/self/task")]
+tasks = os.listdir("/proc/self/task")
+threads = [open(f"/proc/self/task/{{each}}/comm").read() for each in tasks]
 print("left:", *[name for name in threads if "gloo" in name])
 """
 
