@@ -233,8 +233,9 @@ def main():
     pictures = find_pictures(args.inputs, args.out)
     outputs = plan_outputs(pictures, args.out, args.save)
     replaced = sum(path.exists() for files in outputs.values() for path in files.values())
-    model = open_model(args.ckpt or embedded.TRAINED, engine.start(args.device).device,
-                       args.precision)
+    device = engine.start(args.device).device
+    engine.keep_freed_memory()
+    model = open_model(args.ckpt or embedded.TRAINED, device, args.precision)
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
     batch = args.batch or (8 if model.device.type == "cuda" else 1)
     failed = predict_all(model, pictures, outputs, args.processing_res, batch)

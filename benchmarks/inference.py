@@ -64,6 +64,7 @@ def ours(miniature, device, precision):
 
 def as_predict(miniature, device, precision, compiled=False):
     """`ours` in a process that is set up as predict.py's."""
+    engine.keep_freed_memory()
     model = ours(miniature, engine.start(str(device)).device, precision)
     if compiled:
         model.unet.compile()
@@ -92,11 +93,14 @@ class Apart:
         end.close()
 
     def ask(self, function, shape):
-        """What function(name, way, image) returns there, for an image of a shape. ValueError if it fails."""
+        """What function(name, way, image) returns there, for an image of a shape.
+
+        ValueError if it fails.
+        """
         try:
             self.connection.send((function, shape))
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise ValueError(f"the process of {self.name} has ended: look for its error; with "
                              "none, the system had no memory left.") from None
 

@@ -77,6 +77,7 @@ def read_once(device, path):
 
 def opened(device, path, precision):
     """The model, ready to predict, and the seconds of reading it and of all."""
+    engine.keep_freed_memory()
     torch.zeros(1, device=device)  # what a GPU needs to start does not count
     started = time.perf_counter()
     model = DepthMaster.from_file(path, device, inference_dtype(device, precision))

@@ -137,3 +137,12 @@ def test_statistics_of_a_large_map_are_exacter_than_the_plain_ones():
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 4, eps=norm.eps))
     found = strips.NormAct(norm, strips.Map(x))(x).double()
     assert difference(found, exact) < 1e-6
+
+
+@torch.inference_mode()
+def test_statistics_far_from_zero():
+    x = (torch.randn(2, 16, 100, 120) + 30).bfloat16().to(memory_format=torch.channels_last)
+    mean, var = strips.statistics(strips.Map(x), torch.nn.GroupNorm(4, 16))
+    groups = x.double().unflatten(1, (4, 4)).flatten(2)
+    torch.testing.assert_close(mean, groups.mean(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(var, groups.var(2, unbiased=False), rtol=1e-5, atol=0)

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +95,18 @@ def test_the_table_of_predictions(capsys):
     *_, ours, other = capsys.readouterr().out.splitlines()
     assert ours == "| ours | 2 | 2 | 2 | 4 | 0.5 | 2 (50 %) | 1.00 |  |"
     assert other == "| diffusers, channels_last | 4 | 4 | 4 | 2 | 1 | 2 (50 %) | 0.50 | 0.87 |"
+
+
+def test_ways_are_timed_in_processes_of_their_own(monkeypatch, capfd):
+    words = "--miniature --size 64 96 --batch 1 2 --runs 2 --precision float32 --profile"
+    monkeypatch.setattr(sys, "argv", ["inference", *words.split()])
+    inference.main()
+    said = capfd.readouterr().out
+    assert said.count("| ours | ") == 2 and said.count("| convolution | ") == 2
+    broken = inference.Apart("theirs", partial(int, "none"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="process of theirs has ended"):
+        broken.ask(inference.time, (1, 3, 64, 96))
+    assert "invalid literal" in capfd.readouterr().err
 
 
 def test_the_work_of_a_prediction(monkeypatch):
