@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported after `start`, its defaults keep the group for ever
+import torch.distributed.nn  # else imported after `start`, and its defaults would hold the group
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -131,17 +131,17 @@ def start(device="auto"):
 
 
 def keep_freed_memory():
-    """Lets the process keep blocks below 256 MiB that it frees: up to 2 GiB, with glibc.
+    """Lets the process keep blocks below 128 MiB that it frees, with glibc; larger ones go back.
 
-    For prediction on a CPU: else each map is memory that the system clears anew, a seventh of a
-    first prediction's time. Larger blocks go back at once. Not for training, whose many blocks of
-    one size leave gaps: stage 2 would take 20.4 GB, not 19.5.
+    For prediction on a CPU: else each map is memory that the system clears anew, a fifth of a
+    first prediction's time. Not for training in full size, whose many blocks of one size leave
+    gaps: stage 2 would take 20.4 GB, not 19.5.
     """
-    setting = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if setting:  # not in other C libraries
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        setting(m_trim_threshold, (1 << 31) - 1)
-        setting(m_mmap_threshold, 1 << 28)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    # Other C libraries have no mallopt, and old versions no threshold of more than 32 MiB.
+    if mallopt and (mallopt(m_mmap_threshold, 1 << 27) or mallopt(m_mmap_threshold, 1 << 25)):
+        mallopt(m_trim_threshold, 1 << 28)  # so much at the end of the heap; more goes back, too
 
 
 def wait():

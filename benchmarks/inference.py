@@ -89,7 +89,8 @@ class Apart:
     def __init__(self, name, make, device):
         context = multiprocessing.get_context("spawn")
         self.name, (self.connection, end) = name, context.Pipe()
-        context.Process(target=answer, args=(end, name, make, device), daemon=True).start()
+        self.process = context.Process(target=answer, args=(end, name, make, device), daemon=True)
+        self.process.start()
         end.close()
 
     def ask(self, function, shape):
@@ -103,6 +104,10 @@ class Apart:
         except (EOFError, ConnectionError):
             raise ValueError(f"the process of {self.name} has ended: look for its error; with "
                              "none, the system had no memory left.") from None
+
+    def close(self):
+        self.connection.close()
+        self.process.join()
 
 
 def answer(connection, name, make, device):
@@ -145,18 +150,18 @@ def alternate(ways, shape, runs):
     times = {way.name: [] for way in ways}
     for run in range(runs + 1):
         for way in ways:
-            took = way.ask(time, shape)
+            took = way.ask(timed, shape)
             if run:
                 times[way.name].append(took)
     return times
 
 
-def time(name, way, image):
+def timed(name, way, image):
     return seconds(lambda: way(image), image.device)
 
 
-def print_profile(name, way, image):
-    """The kinds of operations that take longest, beside what was counted of their work."""
+def profile_table(name, way, image):
+    """The kinds of operations that take longest, beside what was counted of their work, as text."""
     with counter() as operations_seen:
         way(image)
     counted = Counter()
@@ -165,10 +170,11 @@ def print_profile(name, way, image):
     with profile() as recorded:
         way(image)
     took = seconds_by_kind(recorded.key_averages(), image.is_cuda)
-    print(f"\n| {name}: operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|")
+    rows = [f"\n| {name}: operation | s | share | TFLOP | TFLOP/s |\n|---|---|---|---|---|"]
     for what, spent in took.most_common(10):
         work = f"{counted[what]:.3g} | {counted[what] / spent:.3f}" if counted[what] else " | "
-        print(f"| {what} | {spent:.3g} | {spent / took.total():.1%} | {work} |")
+        rows.append(f"| {what} | {spent:.3g} | {spent / took.total():.1%} | {work} |")
+    return "\n".join(rows)
 
 
 def seconds_by_kind(rows, on_gpu):
@@ -203,6 +209,22 @@ def print_table(title, times, batch, work, reached, targets):
               flush=True)
 
 
+def compare(args, device, precision, work):
+    """The tables of one precision, whose processes end before those of the next need memory."""
+    ways = [Apart(name, make, device) for name, make in every_way(args, device, precision).items()]
+    targets = TARGETS.get((device.type, precision), {})
+    for batch in args.batch:
+        shape = batch, 3, *args.size
+        times = alternate(ways, shape, args.runs)
+        reached = matrix_rate(device, getattr(torch, precision))
+        print_table(precision, times, batch, work, reached, targets)
+        if args.profile:
+            for way in ways:
+                print(way.ask(profile_table, shape))
+    for way in ways:
+        way.close()
+
+
 def main():
     args = options()
     device = engine.start(args.device).device
@@ -211,17 +233,7 @@ def main():
           torch.cuda.get_device_name(device), f"torch {torch.__version__}, "
           f"{args.size[0]}x{args.size[1]}", sep=", ")
     for precision in args.precision:
-        ways = [Apart(name, make, device)
-                for name, make in every_way(args, device, precision).items()]
-        targets = TARGETS.get((device.type, precision), {})
-        for batch in args.batch:
-            shape = batch, 3, *args.size
-            times = alternate(ways, shape, args.runs)
-            reached = matrix_rate(device, getattr(torch, precision))
-            print_table(precision, times, batch, work, reached, targets)
-            if args.profile:
-                for way in ways:
-                    way.ask(print_profile, shape)
+        compare(args, device, precision, work)
 
 
 if __name__ == "__main__":

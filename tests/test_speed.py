@@ -105,7 +105,8 @@ def test_ways_are_timed_in_processes_of_their_own(monkeypatch, capfd):
     assert said.count("| ours | ") == 2 and said.count("| convolution | ") == 2
     broken = inference.Apart("theirs", partial(int, "none"), torch.device("cpu"))
     with pytest.raises(ValueError, match="process of theirs has ended"):
-        broken.ask(inference.time, (1, 3, 64, 96))
+        broken.ask(inference.timed, (1, 3, 64, 96))
+    broken.close()
     assert "invalid literal" in capfd.readouterr().err
 
 
