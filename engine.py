@@ -134,8 +134,7 @@ def keep_freed_memory():
     """Lets the process keep blocks below 128 MiB that it frees, with glibc; larger ones go back.
 
     For prediction on a CPU: else each map is memory that the system clears anew, a fifth of a
-    first prediction's time. Not for training in full size, whose many blocks of one size leave
-    gaps: stage 2 would take 20.4 GB, not 19.5.
+    first prediction's time. Not for training in full size, which needs more memory then.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
