@@ -304,7 +304,7 @@ def main():
         return preflight(dict(opened()), args.workers, engine.tell)
     engine.check_folder(args.out, "--out")
     ranks = engine.start("cpu" if args.predictions else args.device)
-    engine.keep_freed_memory()
+    engine.keep_freed_memory(args.processing_res)
     say_defaults(args.ckpt, args.predictions, args.data)
     ckpt = args.ckpt or embedded.TRAINED
     model = None if args.predictions else open_model(

@@ -234,7 +234,7 @@ def main():
     outputs = plan_outputs(pictures, args.out, args.save)
     replaced = sum(path.exists() for files in outputs.values() for path in files.values())
     device = engine.start(args.device).device
-    engine.keep_freed_memory()
+    engine.keep_freed_memory(args.processing_res)
     model = open_model(args.ckpt or embedded.TRAINED, device, args.precision)
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
     batch = args.batch or (8 if model.device.type == "cuda" else 1)

@@ -62,9 +62,9 @@ def ours(miniature, device, precision):
     return model.for_inference(device, precision)
 
 
-def as_predict(miniature, device, precision, compiled=False):
+def as_predict(miniature, device, precision, size, compiled=False):
     """`ours` in a process that is set up as predict.py's."""
-    engine.keep_freed_memory()
+    engine.keep_freed_memory(max(size))
     model = ours(miniature, engine.start(str(device)).device, precision)
     if compiled:
         model.unet.compile()
@@ -73,7 +73,7 @@ def as_predict(miniature, device, precision, compiled=False):
 
 def every_way(args, device, precision):
     """{name: function that makes a function image B,3,H,W -> depth map B,1,H,W}, to compare."""
-    ways = {"ours": partial(as_predict, args.miniature, device, precision)}
+    ways = {"ours": partial(as_predict, args.miniature, device, precision, args.size)}
     if args.compile:
         ways["ours, compiled"] = partial(ways["ours"], compiled=True)
     if with_peer(args):

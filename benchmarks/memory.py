@@ -75,9 +75,9 @@ def read_once(device, path):
     return {"seconds": time.perf_counter() - started}
 
 
-def opened(device, path, precision):
+def opened(device, path, precision, longest_side=None):
     """The model, ready to predict, and the seconds of reading it and of all."""
-    engine.keep_freed_memory()
+    engine.keep_freed_memory(longest_side)
     torch.zeros(1, device=device)  # what a GPU needs to start does not count
     started = time.perf_counter()
     model = DepthMaster.from_file(path, device, inference_dtype(device, precision))
@@ -93,7 +93,7 @@ def open_model(device, path, precision):
 
 
 def predict(device, path, precision, height, width):
-    model, _ = opened(device, path, precision)
+    model, _ = opened(device, path, precision, max(int(height), int(width)))
     image = np.random.default_rng(0).integers(256, size=(int(height), int(width), 3),
                                               dtype=np.uint8)
     started = time.perf_counter()

@@ -153,14 +153,16 @@ def pages_that_were_cleared(first):
 
 @pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.36"), reason="untested C library")
 def test_what_is_freed_is_kept():
-    kept = pages_that_were_cleared("engine.keep_freed_memory()")
+    kept = pages_that_were_cleared("engine.keep_freed_memory(None)")
     assert max(kept[10:]) < kept[0] / 10  # the first ones still leave small gaps
-    assert min(pages_that_were_cleared("")) > 10 * max(kept[10:])
+    for large in (0, 4032):
+        cleared = pages_that_were_cleared(f"engine.keep_freed_memory({large})")
+        assert min(cleared) > 10 * max(kept[10:])
 
 
 def test_other_c_libraries_keep_as_they_do(monkeypatch):
     monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: object())
-    engine.keep_freed_memory()
+    engine.keep_freed_memory(768)
 
 
 # ---------------------------------------------------------------------------- numbers gone wrong
