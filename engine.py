@@ -131,7 +131,7 @@ def start(device="auto"):
 
 
 def keep_freed_memory(longest_side):
-    """Lets the process keep blocks below 128 MiB that it frees, with glibc; larger ones go back.
+    """Lets the process keep blocks below 256 MiB that it frees, with glibc; larger ones go back.
 
     For prediction on a CPU: else each map is memory that the system clears anew, a fifth of a
     first prediction's time. Nothing changes where pictures may be large (longest_side: in pixels,
@@ -143,8 +143,8 @@ def keep_freed_memory(longest_side):
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     # Other C libraries have no mallopt, and old versions no threshold of more than 32 MiB.
-    if mallopt and (mallopt(m_mmap_threshold, 1 << 27) or mallopt(m_mmap_threshold, 1 << 25)):
-        mallopt(m_trim_threshold, 1 << 28)  # so much at the end of the heap; more goes back, too
+    if mallopt and (mallopt(m_mmap_threshold, 1 << 28) or mallopt(m_mmap_threshold, 1 << 25)):
+        mallopt(m_trim_threshold, 1 << 29)  # so much at the end of the heap; more goes back, too
 
 
 def wait():

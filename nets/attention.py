@@ -34,14 +34,17 @@ def without_tiles():
 def by_products(q, k, v):
     """`attention` without gradients, by products of matrices."""
     out, scale = q.new_empty(q.shape), q.shape[3]**-0.5
-    count = max(min(SCORES // k.shape[2], QUERIES), 1)
+    count = max(min(SCORES // k.shape[2], QUERIES, q.shape[2]), 1)
+    buffers = q.new_empty(2, count, k.shape[2])  # once: what is large is cleared by the system
     for queries, keys, values, result in zip(*(each.flatten(0, 1) for each in (q, k, v, out))):
         keys = keys.T
         for first in range(0, len(queries), count):
             some = queries[first:first + count]
-            scores = some @ keys
+            scores, weights = buffers[:, :len(some)]
+            torch.mm(some, keys, out=scores)
             largest = scores.amax(1, keepdim=True)
             # In float32 and rounded once: the scale times (scores - largest).
             torch.addmm(largest, some, keys, beta=-scale, alpha=scale, out=scores)
-            torch.mm(scores.softmax(1), values, out=result[first:first + count])
+            torch.softmax(scores, 1, out=weights)
+            torch.mm(weights, values, out=result[first:first + count])
     return out
