@@ -1,6 +1,7 @@
 """What benchmarks/ makes of what it measures."""
 
 import importlib
+import os
 import sys
 import time
 from functools import partial
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import DeviceType
 
-from benchmarks import inference, timing, training
+from benchmarks import inference, memory, timing, training
+from miniature import embedded
 from nets.depthmaster import DepthMaster
 
 
@@ -108,6 +110,23 @@ def test_ways_are_timed_in_processes_of_their_own(monkeypatch, capfd):
         broken.ask(inference.timed, (1, 3, 64, 96))
     broken.close()
     assert "invalid literal" in capfd.readouterr().err
+
+
+def test_memory_and_opening_from_the_disk_and_warm(monkeypatch, capfd):
+    words = "--miniature --sizes 64x96 --precision float32 --runs 1"
+    monkeypatch.setattr(sys, "argv", ["memory", *words.split()])
+    before = embedded.TRAINED.read_bytes()
+    memory.main()
+    assert embedded.TRAINED.read_bytes() == before
+    rows = [line.split(" | ") for line in capfd.readouterr().out.splitlines()
+            if line.startswith(("| reading", "| opening", "| predicting"))]
+    states = ["from the disk", "warm"] if hasattr(os, "posix_fadvise") else ["warm"]
+    names = [name for state in states for name in (f"| reading the file once, {state}",
+                                                   f"| opening, float32, {state}")]
+    assert [row[0].split(" (")[0] for row in rows] == [*names, "| predicting 64x96, float32"]
+    for reading, opening in zip(rows[:-1:2], rows[1:-1:2]):
+        assert float(opening[2]) == pytest.approx(float(opening[1]) / float(reading[1]), rel=0.02)
+    assert all(float(row[3]) > 0.05 for row in rows)  # GiB: libraries alone take more
 
 
 def test_the_work_of_a_prediction(monkeypatch):
