@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,12 +160,6 @@ def forget(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def warm(path):
-    with open(path, "rb") as file:
-        while file.read(1 << 20):
-            pass
-
-
 def report_opening(args, path, libraries, state, prepare):
     """Rows of reading and opening, each after prepare(path): medians of runs that alternate."""
     measured = {"reading": (read_once,)} | {precision: (open_model, precision)
@@ -193,7 +188,7 @@ def report(args, path):
     print("|---|---|---|---|---|---|---|")
     if hasattr(os, "posix_fadvise"):
         report_opening(args, path, libraries, "from the disk", forget)
-    report_opening(args, path, libraries, "warm", warm)
+    report_opening(args, path, libraries, "warm", partial(read_once, None))
     for height, width in args.sizes:
         for precision in args.precision:
             result = called(args, predict, path, precision, height, width)

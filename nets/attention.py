@@ -35,7 +35,7 @@ def by_products(q, k, v):
     """`attention` without gradients, by products of matrices."""
     out, scale = q.new_empty(q.shape), q.shape[3]**-0.5
     count = max(min(SCORES // k.shape[2], QUERIES, q.shape[2]), 1)
-    buffers = q.new_empty(2, count, k.shape[2])  # once: what is large is cleared by the system
+    buffers = q.new_empty(2, count, k.shape[2])  # made once, as the system clears what is large
     for queries, keys, values, result in zip(*(each.flatten(0, 1) for each in (q, k, v, out))):
         keys = keys.T
         for first in range(0, len(queries), count):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ import resource, torch, engine
 torch.ones(1)
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(25 << 20)  # 100 MiB, and freed
+    torch.ones(50 << 20)  # 200 MiB, and freed
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -160,9 +161,29 @@ def test_what_is_freed_is_kept():
         assert min(cleared) > 10 * max(kept[10:])
 
 
-def test_other_c_libraries_keep_as_they_do(monkeypatch):
-    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: object())
+@pytest.mark.parametrize("largest, asked", [
+    (1 << 62, [(-3, 1 << 28), (-1, 1 << 29)]),
+    (1 << 25, [(-3, 1 << 28), (-3, 1 << 25), (-1, 1 << 29)]),  # old versions of glibc
+    (0, [(-3, 1 << 28), (-3, 1 << 25)])])
+def test_what_the_c_library_is_asked(monkeypatch, largest, asked):
+    said = []
+
+    def mallopt(what, value):
+        said.append((what, value))
+        return int(value <= largest)
+
+    monkeypatch.setattr(engine.sys, "platform", "linux")
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
     engine.keep_freed_memory(768)
+    assert said == asked
+
+
+def test_other_c_libraries_have_no_mallopt(monkeypatch):
+    looked = []
+    monkeypatch.setattr(engine.sys, "platform", "linux")
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda name: looked.append(name) or object())
+    engine.keep_freed_memory(768)
+    assert looked == [None]  # and went on
 
 
 # ---------------------------------------------------------------------------- numbers gone wrong

@@ -140,14 +140,21 @@ def test_statistics_of_a_large_map_are_exacter_than_the_plain_ones():
     assert difference(found, exact) < 1e-6
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @torch.inference_mode()
-def test_statistics_of_channels(dtype):
+def test_statistics_of_channels(dtype, kind):
     torch.manual_seed(0)
     x = (2 * torch.randn(1, 16, 30, 40) - 5).to(dtype).to(memory_format=torch.channels_last)
-    mean, var = strips.channel_statistics(x)
+    mean, var = (t.as_subclass(torch.Tensor)
+                 for t in strips.channel_statistics(x.as_subclass(kind)))
     assert mean.dtype == var.dtype == torch.promote_types(dtype, torch.float32)
-    expected = torch.var_mean(x.double(), (0, 2, 3), correction=0)  # as on other devices
+    expected = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     for found, exact in zip((var, mean), expected):
         torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=0)
 
