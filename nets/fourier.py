@@ -88,7 +88,23 @@ def from_polar(amplitude, phase, size):
     amplitude, phase = at_least_float32(amplitude), at_least_float32(phase)
     # torch.polar's gradient is wrong where the amplitude is negative, as SiLU's output can be.
     spectrum = torch.complex(amplitude * phase.cos(), amplitude * phase.sin())
-    return torch.fft.irfft2(spectrum, s=tuple(size), norm="ortho")
+    return torch.fft.irfft2(symmetric(spectrum, size[1]), s=tuple(size), norm="ortho")
+
+
+def symmetric(spectrum, width):
+    """The part of a half spectrum B,C,h,w/2+1 that belongs to real maps of a width.
+
+    Columns 0 and w/2 (w even) are their own mirror images: row -k is the conjugate of row k there.
+    After the convolutions it is not, and libraries differ in what they make of the rest: a CPU's
+    drops it (so here nothing changes), a GPU's mixes it in.
+    """
+    # Deviation: the released code leaves it to the library.
+    columns = [0, width // 2] if width % 2 == 0 else [0]
+    own = spectrum[..., columns]  # B,C,h,1-2
+    mirrored = own.flip(2).roll(1, dims=2).conj()  # row -k in place of row k
+    result = spectrum.clone()
+    result[..., columns] = (own + mirrored) / 2
+    return result
 
 
 def at_least_float32(x):

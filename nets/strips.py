@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nets.enlarge import enlarge_rows, phase_kernels
+from nets.vae import in_float32
 
 # Pixels in a strip. On a CPU few, so that it stays in the cache, but enough that the work outweighs
 # what each convolution first does to its weights; on other devices enough to be busy.
@@ -44,7 +45,7 @@ def decode(vae, latent):
             x = Map(resnet(block, x))
         if level.upsample is not None:
             x = kept_if_small(Enlarged(x, level.upsample))
-    return tail(decoder, x)
+    return tail(decoder, x, exact=True)
 
 
 # ---------------------------------------------------------------------------- maps, row by row
@@ -144,15 +145,18 @@ def resnet(block, x):
 
 
 class Convolved(Computed):
-    """A map after an activation (a function of rows) and a 3x3 convolution."""
+    """A map after an activation (a function of rows) and a 3x3 convolution (exact: in float32)."""
 
-    def __init__(self, x, act, conv):
+    def __init__(self, x, act, conv, exact=False):
         def rows(first, last):
             seen = pad_rows(act(x.rows(first - 1, last + 1)), first - 1, last + 1, x.shape[2])
+            if exact:
+                return in_float32(conv, seen, padding=(0, 1))
             return F.conv2d(seen, conv.weight, conv.bias, padding=(0, 1))
 
         batch, _, height, width = x.shape
         super().__init__(rows, (batch, conv.out_channels, height, width), x)
+        self.dtype = torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
 
 
 class NormAct:
@@ -222,6 +226,6 @@ def middle(mid, x):
     return resnet(mid.resnet2, x)
 
 
-def tail(network, x):
-    """As the ends of Encoder.forward and Decoder.forward."""
-    return kept(Convolved(x, NormAct(network.norm_out, x), network.conv_out))
+def tail(network, x, exact=False):
+    """As the ends of Encoder.forward and, exact, Decoder.forward: the convolution in float32."""
+    return kept(Convolved(x, NormAct(network.norm_out, x), network.conv_out, exact))

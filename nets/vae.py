@@ -151,7 +151,15 @@ class Decoder(nn.Module):
         return recompute.run(self.tail, x, recompute=self.checkpoint_activations)
 
     def tail(self, x):
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return in_float32(self.conv_out, F.silu(self.norm_out(x)), padding=1)
+
+
+def in_float32(conv, x, padding):
+    """A convolution in float32 at least, whatever the precision around it."""
+    # Deviation: released, in the networks' precision: a map has some 2,000 values in bfloat16.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x.to(exact), conv.weight.to(exact), conv.bias.to(exact), padding=padding)
 
 
 class AutoencoderKL(nn.Module):

@@ -49,6 +49,62 @@ def test_the_round_trip_returns_the_picture(size):
     assert relative_error(back, x) < 1e-6
 
 
+def as_a_gpu_does(spectrum, s, norm):
+    """irfft2 as cuFFT defines it: columns that are not given are mirrored, then all is summed up.
+
+    In columns 0 and w/2 the upper rows alone count, and the lower ones are their mirror image.
+    """
+    height, width = s
+    rows = [-row % height for row in range(height)]
+    whole = torch.empty(*spectrum.shape[:2], height, width, dtype=spectrum.dtype)
+    whole[..., :width // 2 + 1] = spectrum
+    for column in range(width // 2 + 1, width):
+        whole[..., column] = spectrum[:, :, rows, width - column].conj()
+    for column in {0, width // 2} if width % 2 == 0 else {0}:
+        for row in range(height // 2 + 1, height):
+            whole[:, :, row, column] = whole[:, :, -row % height, column].conj()
+    return torch.fft.ifft2(whole, norm=norm).real
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_what_is_inverted_is_the_spectrum_of_real_maps(size, monkeypatch):
+    """So a CPU and a GPU, whose libraries differ in what they make of others, agree."""
+    module, x, seen = block(), noise("x", (2, 16, *size)), []
+    plain = torch.fft.irfft2
+
+    def spy(spectrum, **options):
+        seen.append(spectrum)
+        return plain(spectrum, **options)
+
+    monkeypatch.setattr(torch.fft, "irfft2", spy)
+    expected = module(x)
+    width, rows = size[1], [-row % size[0] for row in range(size[0])]
+    for column in {0, width // 2} if width % 2 == 0 else {0}:
+        own = seen[0][..., column]
+        torch.testing.assert_close(own, own[:, :, rows].conj(), rtol=0, atol=1e-6)
+    monkeypatch.setattr(torch.fft, "irfft2", as_a_gpu_does)
+    assert relative_error(module(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_on_a_cpu_the_symmetric_part_is_all_that_counts(size):
+    amplitude, phase = noise("a", (2, 8, *size)), noise("p", (2, 8, *size))
+    amplitude, phase = (x[..., :size[1] // 2 + 1] for x in (amplitude, phase))
+    spectrum = torch.polar(amplitude.abs(), phase)
+    expected = torch.fft.irfft2(spectrum, s=size, norm="ortho")
+    assert relative_error(from_polar(amplitude.abs(), phase, size), expected) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_on_cuda_the_block_is_that_of_the_cpu(size):
+    module, x = block(), noise("x", (2, 16, *size))
+    expected = module(x)
+    assert relative_error(module.cuda()(x.cuda()).cpu(), expected) < 1e-5
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_parseval(size):
     """The energy of a picture is that of its spectrum, of which one half is computed."""
