@@ -5,8 +5,6 @@ PY = .venv/bin/python
 # free they keep: asking the system for memory again takes a fifth of the time that fills the cache.
 TWO_RANKS = OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 \
   $(PY) -m torch.distributed.run --standalone --nproc_per_node 2
-# Stage 1 is faster in bfloat16 where the processor computes in it.
-FAST_PRECISION = $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
 DEMO = runs/demo
 
 .PHONY: demo test test-units test-runs reference soak miniature
@@ -14,7 +12,7 @@ DEMO = runs/demo
 demo: .venv/ready   ## the main job in small: render, train both stages, evaluate, predict
 	$(PY) evaluate.py --ckpt weights/miniature_sd2.safetensors --datasets miniature --out $(DEMO)/scores_untrained
 	rm -rf $(DEMO)/stage1 $(DEMO)/stage2
-	$(TWO_RANKS) train_stage1.py --precision $(FAST_PRECISION) --out $(DEMO)/stage1
+	$(TWO_RANKS) train_stage1.py --out $(DEMO)/stage1
 	$(PY) evaluate.py --ckpt $(DEMO)/stage1/model.safetensors --datasets miniature --out $(DEMO)/scores_stage1
 	$(TWO_RANKS) train_stage2.py --ckpt $(DEMO)/stage1/model.safetensors --out $(DEMO)/stage2
 	$(PY) evaluate.py --ckpt $(DEMO)/stage2/model.safetensors --datasets miniature --out $(DEMO)/scores_stage2

@@ -60,7 +60,7 @@ def out_of_memory(error):
 
 def say(text, any_rank=False):
     """A line for the person who waits (standard error), from the first rank only or from any."""
-    if any_rank or is_first():
+    if text and (any_rank or is_first()):
         print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -153,6 +153,14 @@ def wait():
         dist.barrier()
 
 
+def agreed(value):
+    """The first rank's value, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def stop():
     """Leaves the job, if there is one, once all that uses it (a script's main) has returned.
 
@@ -200,14 +208,6 @@ def free_memory(device):
         return 1024 * int(kibibytes)
     except OSError:  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def training_dtype(precision, device):
-    """The autocast type: `auto` is bfloat16 on GPUs that compute in it, and float32 elsewhere."""
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        precision = "bfloat16" if fast else "float32"
-    return getattr(torch, precision)
 
 
 # ---------------------------------------------------------------------------- one step
@@ -314,7 +314,8 @@ def add_training_options(parser, steps, lr):
     add("--extend", action="store_true", help="resume a run that had fewer --steps")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the networks; auto: bfloat16 on GPUs that compute in it, else float32")
+        help="of the networks; auto: bfloat16 on GPUs that compute in it and CPUs that are measured "
+        "to be faster in it, else float32; a run goes on with what it began with")
     add("--compile", action="store_true", help="torch.compile the U-Net")
     add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
         default="auto", help="recompute activations in the backward pass: less memory, a third "

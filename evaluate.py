@@ -32,7 +32,8 @@ from extras.compare import compare
 from extras.report import PUBLISHED, has_pictures, save_pictures, write_report
 from extras.table import table
 from miniature import embedded, render
-from nets.depthmaster import DepthMaster, inference_dtype
+from nets.depthmaster import DepthMaster
+from nets.precision import choose
 
 # Table II's rows: time steps of the passes; i2l has none, there the autoencoder gets the truth.
 PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": ()}
@@ -105,7 +106,7 @@ def open_sets(root, names, depth_scale, vkitti_crop, hypersim_split):
 
 def open_model(path, device, precision, paradigm):
     """The model at a path, ready to predict in one of the ways of PARADIGMS."""
-    model = DepthMaster.from_file(path, device, inference_dtype(device, precision))
+    model = DepthMaster.from_file(path, device, getattr(torch, precision))
     if model.kind == "sd2":
         engine.say(f"warning: {path} was never trained for depth; its scores mean nothing.")
     return model.for_inference(device, precision, PARADIGMS[paradigm])
@@ -306,6 +307,8 @@ def main():
     ranks = engine.start("cpu" if args.predictions else args.device)
     engine.keep_freed_memory(args.processing_res)
     say_defaults(args.ckpt, args.predictions, args.data)
+    args.precision, why = engine.agreed(choose(args.precision, ranks.device))
+    engine.say(why)
     ckpt = args.ckpt or embedded.TRAINED
     model = None if args.predictions else open_model(
         ckpt, ranks.device, args.precision, args.paradigm)

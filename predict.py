@@ -24,7 +24,8 @@ from data.files import write_npy, write_png
 from data.hypersim import Hypersim
 from extras.pictures import MEANING, SUFFIXES, read_photograph, with_legend, write_described_png
 from miniature import embedded, render
-from nets.depthmaster import DepthMaster, inference_dtype
+from nets.depthmaster import DepthMaster
+from nets.precision import choose
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png"}
 THREADS = engine.readers()  # that decode pictures and write results
@@ -43,7 +44,7 @@ def options():
     add("--processing-res", type=engine.whole, metavar="PIXELS",
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="auto: bfloat16 where it is fast (GPUs, some CPUs), else float32")
+        help="auto: bfloat16 where it is faster (GPUs, some CPUs), else float32")
     add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
         "follow each other (8 on CUDA, else 1)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
@@ -109,7 +110,9 @@ def embedded_pictures():
 
 def open_model(path, device, precision):
     """The model at a path, ready to predict; says what one should know of its results."""
-    model = DepthMaster.from_file(path, device, inference_dtype(device, precision))
+    precision, why = choose(precision, device)
+    model = DepthMaster.from_file(path, device, getattr(torch, precision))
+    engine.say(why)
     if model.kind == "sd2":
         engine.say(f"warning: {path} was never trained for depth; its results mean nothing.")
     if model.target != "sqrt_disparity":  # Deviation: released, there is no other target

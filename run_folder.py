@@ -12,11 +12,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engine import is_first, say
+from engine import agreed, is_first, say
 
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
@@ -51,10 +50,7 @@ def open_run(folder, options, ranks, extend=False):
         claim(folder)
         path = choose_checkpoint(folder)
         (folder / f"{STATE}.tmp").unlink(missing_ok=True)  # of a run that was killed while saving
-    if ranks.world > 1:
-        chosen = [path]
-        dist.broadcast_object_list(chosen)
-        path = chosen[0]
+    path = agreed(path)
     if path is None:
         if ranks.first:
             write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n")
@@ -73,6 +69,15 @@ def open_run(folder, options, ranks, extend=False):
     if same and ranks.first:
         write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def begun_with(folder, name, value):
+    """An option whose value is `auto`: what the run in a folder, if any, began with."""
+    try:
+        before = json.loads((Path(folder) / OPTIONS).read_text())
+        return before[name] if value == "auto" and isinstance(before[name], str) else value
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return value  # open_run says what is wrong with it
 
 
 def claim(folder):

@@ -32,6 +32,7 @@ from miniature import embedded
 from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
+from nets.precision import choose
 from nets.recompute import activation_bytes
 from progress import Progress, Watch
 from validation import check
@@ -154,8 +155,10 @@ def main():
     if args.cache:
         engine.check_folder(args.cache, "--cache")
     ranks = engine.start(args.device)
-    dtype = engine.training_dtype(args.precision, ranks.device)
-    args.precision = str(dtype).removeprefix("torch.")  # a run goes on with what auto means here
+    before = run_folder.begun_with(args.out, "precision", args.precision)
+    args.precision, why = engine.agreed(choose(before, ranks.device, training=True))
+    engine.say(why)
+    dtype = getattr(torch, args.precision)
     torch.manual_seed(args.seed)
 
     data, vkitti = embedded.training_data(args.data, args.vkitti)
@@ -166,9 +169,6 @@ def main():
     objective = Stage1(model, dinov2 and DINOv2.from_file(dinov2, dtype=dtype), args.align_at,
                        args.align_loss)
     objective.to(ranks.device, memory_format=torch.channels_last)
-    objective.unet.checkpoint_activations = engine.recompute_activations(
-        args.checkpoint_activations, objective.unet.parameters(), ranks,
-        needed=lambda: objective.activation_bytes(args.micro_batch, model.train_size, dtype))
     weights = {"latent": 1.0} | ({"alignment": args.align_weight} if dinov2 else {})
     trained = nn.ModuleDict({"unet": objective.unet})
     if dinov2:
@@ -181,6 +181,9 @@ def main():
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, engine.tell)
+    objective.unet.checkpoint_activations = engine.recompute_activations(
+        args.checkpoint_activations, objective.unet.parameters(), ranks, needed=lambda:
+        objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
     first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
     if args.cache:

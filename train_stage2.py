@@ -26,6 +26,7 @@ from losses.gradient import gradient_loss, pixel_loss
 from miniature import embedded
 from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
+from nets.precision import choose
 from nets.recompute import activation_bytes
 from progress import Progress, Watch
 from validation import check
@@ -90,8 +91,10 @@ def main():
     args = options()
     engine.check_folder(args.out, "--out")
     ranks = engine.start(args.device)
-    dtype = engine.training_dtype(args.precision, ranks.device)
-    args.precision = str(dtype).removeprefix("torch.")  # a run goes on with what auto means here
+    before = run_folder.begun_with(args.out, "precision", args.precision)
+    args.precision, why = engine.agreed(choose(before, ranks.device, training=True))
+    engine.say(why)
+    dtype = getattr(torch, args.precision)
     torch.manual_seed(args.seed)
 
     data, vkitti = embedded.training_data(args.data, args.vkitti)
@@ -106,10 +109,6 @@ def main():
                          "from stage 1's model.")
     model.become("stage2", train_size=args.size)
     objective = Stage2(model).to(ranks.device, memory_format=torch.channels_last)
-    recompute = engine.recompute_activations(
-        args.checkpoint_activations, model.unet.parameters(), ranks,
-        needed=lambda: objective.activation_bytes(args.micro_batch, model.train_size, dtype))
-    model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
     weights = {"pixel": args.pixel_weight, "gradient": args.gradient_weight}
     optimizer = torch.optim.Adam(model.unet.parameters(), lr=0.0, fused=True)
 
@@ -119,6 +118,10 @@ def main():
     held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, engine.tell)
+    recompute = engine.recompute_activations(
+        args.checkpoint_activations, model.unet.parameters(), ranks, needed=lambda:
+        objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
+    model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
     first = run_folder.resume(args.out, state, model.unet, optimizer, args.steps, model)
     if args.compile:

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 
 import engine
+from data.benchmarks import BENCHMARKS
 from data.files import write_png
 from data.pictures import comparison
 from metrics import evaluate_dataset, mean_scores
 
-# What predictions of Hypersim's and of unknown scenes are clipped to, in metres.
-MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 65.0
 SHOWN = 4  # images on a picture
 
 
@@ -34,14 +33,16 @@ def check(model, reader, images, dtype, folder, step, log):
 def validate(model, reader, images, dtype, picture=None, bad=None):
     """Mean scores {name: float} of `images` samples spread over the reader; {} if none is usable.
 
+    Scored as evaluate.py scores the reader's set: at its resolution, in its range of depth.
     model: a DepthMaster; dtype: autocast's. picture: a file for the first few samples, one row
     each: image, truth, prediction, error. bad: a list that is given why a sample can't be used.
     """
-    rows = []
+    rows, protocol = [], BENCHMARKS[reader.benchmark]
 
     def predict(samples):
+        images = torch.stack([sample["image"] for sample in samples])
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            return model.predict_batch(torch.stack([sample["image"] for sample in samples]))
+            return model.predict_batch(images, protocol.processing_res)
 
     def left_out(name, reason):
         if bad is not None:
@@ -57,7 +58,7 @@ def validate(model, reader, images, dtype, picture=None, bad=None):
     model.eval()
     indices = sorted({int(i) for i in np.linspace(0, len(reader) - 1, images)})
     scored = [row.scores[model.target] for row in evaluate_dataset(
-        predict, reader, [model.target], MIN_DEPTH_M, MAX_DEPTH_M,
+        predict, reader, [model.target], protocol.min_depth, protocol.max_depth,
         chunks=[[index] for index in indices], on_bad=left_out, look=look)]
     model.train(was_training)
     if picture and rows:

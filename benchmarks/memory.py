@@ -28,7 +28,8 @@ import torch
 import engine
 from miniature import embedded
 from nets.checkpoint import LONGEST
-from nets.depthmaster import DepthMaster, inference_dtype
+from nets.depthmaster import DepthMaster
+from nets.precision import choose
 
 OPENING_TARGET = 1.3  # times reading the file once, warm
 PREDICTION_TARGETS_GB = {(480, 640): 2.8, (3024, 4032): 8.0}  # bfloat16, on a CPU
@@ -83,7 +84,7 @@ def opened(device, path, precision, longest_side=None):
     engine.keep_freed_memory(longest_side)
     torch.zeros(1, device=device)  # what a GPU needs to start does not count
     started = time.perf_counter()
-    model = DepthMaster.from_file(path, device, inference_dtype(device, precision))
+    model = DepthMaster.from_file(path, device, getattr(torch, choose(precision, device)[0]))
     read = time.perf_counter() - started
     model.for_inference(device, precision)
     if device.type == "cuda":

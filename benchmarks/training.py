@@ -24,6 +24,7 @@ from miniature import embedded
 from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
+from nets.precision import choose
 from train_stage1 import Stage1
 from train_stage2 import Stage2
 
@@ -82,7 +83,7 @@ def objective_and_batch(args, row, device, dtype):
 def measure(args, row):
     """One row as a dict."""
     device = engine.start(args.device).device
-    dtype = engine.training_dtype(args.precision, device)
+    dtype = getattr(torch, choose(args.precision, device, training=True)[0])
     objective, batch, weights = objective_and_batch(args, row, device, dtype)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-6, fused=True)

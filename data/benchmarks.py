@@ -17,7 +17,8 @@ class Benchmark:
     folder: its name in the data root, and in a folder of predictions. min_depth, max_depth:
     metres, the range that predictions are clipped to. processing_res: longest side while
     predicting; 0: the image's own, None: the model's own. published: DepthMaster's scores
-    (arXiv 2501.02576, Tables I and VI) as fractions.
+    (arXiv 2501.02576, Tables I and VI) as fractions. published_of: on what, where that differs
+    from what is scored here.
     """
 
     folder: str
@@ -25,6 +26,7 @@ class Benchmark:
     max_depth: float
     processing_res: int | None
     published: dict
+    published_of: str = ""
 
 
 BENCHMARKS = {
@@ -33,7 +35,8 @@ BENCHMARKS = {
     "eth3d": Benchmark("eth3d", 1e-5, float("inf"), 756, {"abs_rel": 0.053, "delta1": 0.974}),
     "scannet": Benchmark("scannet", 1e-3, 10.0, 0, {"abs_rel": 0.055, "delta1": 0.967}),
     "diode": Benchmark("diode", 0.6, 350.0, 640, {"abs_rel": 0.215, "delta1": 0.776}),
-    "hypersim": Benchmark("hypersim", 1e-5, 65.0, None, {"boundary_f1": 0.337}),
+    "hypersim": Benchmark("hypersim", 1e-5, 65.0, 0, {"boundary_f1": 0.337},
+                          "80 images, native, owner mask"),
     "vkitti": Benchmark("vkitti", 1e-5, 80.0, 0, {}),
     "pairs": Benchmark("pairs", 1e-5, float("inf"), None, {}),
     "miniature": Benchmark("hypersim", 1e-5, 65.0, None, {}),

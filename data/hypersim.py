@@ -31,6 +31,8 @@ class Hypersim:
     disk. With metadata_camera_parameters.csv in the root, planar depth uses the scene's own rays.
     """
 
+    benchmark = "hypersim"  # in data/benchmarks.py
+
     def __init__(self, root, split="train", filter=None):
         """filter: leave out what Marigold's thresholds reject; by default for training only.
 
@@ -210,6 +212,8 @@ class ProcessedHypersim:
     ROOT. 0 means no depth. The files hold no entity ids, so the filter's share of pixels
     without an object is that of pixels without depth.
     """
+
+    benchmark = "hypersim"  # in data/benchmarks.py
 
     def __init__(self, root, split="train", filter=None):
         """filter: as for Hypersim. Raises FileNotFoundError if there is no pair."""

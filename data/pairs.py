@@ -31,6 +31,7 @@ class FolderOfPairs:
     pixels without depth.
     """
 
+    benchmark = "pairs"  # in data/benchmarks.py
     expected = None  # how many pairs there should be is known to their owner only
 
     def __init__(self, root, depth_scale=1000.0):

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 # First words of the random streams' keys, so that no two streams share a key.
-DRAW_STREAM, ORDER_STREAM = 0, 1
+DRAW_STREAM, ORDER_STREAM, REPLACEMENT_STREAM = 0, 1, 2
 
 
 def random_stream(*key):
@@ -46,6 +46,17 @@ def shuffled_index(seed, source, length, k):
     """
     epoch, position = divmod(k, length)
     return int(shuffled(seed, source, epoch, length)[position])
+
+
+def replacements(seed, source, length, k):
+    """The endless row of samples that stand in for entry k of data set `source`.
+
+    From a stream of their own: the next of the order would mostly be drawn by the same step, too.
+    """
+    # Deviation: released, the loader's lists hold no sample that can't be used.
+    stream = random_stream(seed, REPLACEMENT_STREAM, source, k)
+    while True:
+        yield int(stream.integers(length))
 
 
 class StepBatchSampler(Sampler):

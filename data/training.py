@@ -1,7 +1,9 @@
 """The training set: samples of several data sets, drawn, normalised, resized and flipped."""
 
 import logging
+import math
 import re
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from torch.utils.data import Dataset
 from data.chunks import preflight, read_ahead
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
 from data.pairs import PAIRS_CSV, FolderOfPairs
-from data.sampler import draw_step, shuffled_index
+from data.sampler import draw_step, replacements, shuffled_index
 from data.transforms import (
     TARGETS, BadSample, FilteredSample, normalise_target, resize_antialias, resize_nearest,
 )
@@ -63,16 +65,17 @@ class TrainingSet(Dataset):
         """dict(image uint8 3,h,w; target float32 1,h,w in [-1,1]; valid bool 1,h,w; name;
         replaced: list of Replaced).
 
-        A sample that can't be used is replaced by the next of its data set's order; `replaced`
-        lists what was passed over. Raises ValueError if 100 in a row can't be used.
+        A sample that can't be used is replaced by another of its data set; `replaced` lists what
+        was passed over. Raises ValueError if 100 in a row can't be used.
         """
         step, place = divmod(k, self.batch)
         drawn, flips = draw_step(self.seed, step, self.batch, self.probabilities)
         number = int(drawn[place])
         source = self.sources[number]
         replaced = []
-        for entry in range(k, k + MAX_REPLACEMENTS):
-            index = shuffled_index(self.seed, number, len(source), entry)
+        first = shuffled_index(self.seed, number, len(source), k)
+        others = replacements(self.seed, number, len(source), k)
+        for index in islice(chain([first], others), MAX_REPLACEMENTS):
             if self.reading:
                 self.reading.note(source.name(index))
             try:
@@ -85,6 +88,10 @@ class TrainingSet(Dataset):
         raise ValueError(f"{source.root}: {MAX_REPLACEMENTS} samples in a row can't be used, the "
                          f"last being {replaced[-1].name} ({replaced[-1].reason.rstrip('.')}); "
                          "check the data set.")
+
+    def largest_size(self):
+        """(height, width) of the samples that take the most memory."""
+        return max(self.sizes, key=math.prod)
 
     def prepared(self, number, index, flip):
         """Image, target and valid of a sample of source `number`, and its name."""

@@ -20,6 +20,8 @@ MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 80.0
 class VirtualKITTI:
     """SceneSS/VARIANT/frames/{rgb,depth}/Camera_C; depth is uint16 centimetres, the sky 65535."""
 
+    benchmark = "vkitti"  # in data/benchmarks.py
+
     def __init__(self, root, split="train", crop=(352, 1216)):
         """crop: height and width of the part at the bottom centre that is kept (352x1216 is KITTI's
         benchmark crop). Raises FileNotFoundError if no frame of the split is there.

@@ -206,7 +206,8 @@ def published_table(results):
         numbers = [f"{100 * number:.1f}" for name in sets for number in PUBLISHED[name][system]]
         rows.append([system, *numbers, paper])
     if "hypersim" in results:
-        f1 = f"{BENCHMARKS['hypersim'].published['boundary_f1'] * 100:.1f}"
+        paper = BENCHMARKS["hypersim"]
+        f1 = f"{paper.published['boundary_f1'] * 100:.1f} ({paper.published_of})"
         head.append("Hypersim F1")
         result = results["hypersim"]
         ours.append(f"{result['boundary_f1'] * 100:.1f} at {result['f1_resolution']}")

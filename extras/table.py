@@ -21,7 +21,8 @@ def table(results):
         for space, scores in result["other_alignments"].items():
             yield row("", "", space, scores, resolution)
         if BENCHMARKS[name].published:
-            yield row("", "", "(published)", BENCHMARKS[name].published)
+            of = BENCHMARKS[name].published_of
+            yield row("", "", "(published)", BENCHMARKS[name].published, of and f" {of}")
     yield ""
     yield ("AbsRel, d1-d3 and F1 in per cent, SqRel and RMSE in m, iRMSE in 1/m; (published): the "
            "paper's DepthMaster.")
@@ -30,13 +31,13 @@ def table(results):
     yield from (f"{name}: {'; '.join(describe(result))}." for name, result in results.items())
 
 
-def row(name, images, align, scores, f1_resolution=""):
+def row(name, images, align, scores, remark=""):
     """One line of the table; a score that is not there is a dash."""
     line = f"{name:<10}{images:>13}  {align:<15}"
     for key, (_, factor, digits) in COLUMNS.items():
         number = f"{scores[key] * factor:.{digits}f}" if key in scores else "-"
         line += f" {number:>{WIDTH - 1}}"
-    return line + f1_resolution
+    return line + remark
 
 
 def describe_count(result):

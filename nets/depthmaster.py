@@ -14,6 +14,7 @@ from torch import nn
 from nets import checkpoint, strips
 from nets.folds import fold
 from nets.fourier import FourierEnhancement
+from nets.precision import choose
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
@@ -74,14 +75,14 @@ class DepthMaster(nn.Module):
     def for_inference(self, device="cpu", precision="auto", timesteps=(1,)):
         """Makes the model fast, and unfit for training and saving; returns it.
 
-        Brings it to a device and a precision (`inference_dtype`), channels last, and folds what is
+        Brings it to a device and a precision (nets/precision.py), channels last, and folds what is
         constant (nets/folds.py). timesteps: of the passes that it will be asked for.
         """
         if not self.folded:
             fold(self, timestep=tuple(timesteps) == (1,))
             self.folded = True
-        return self.to(device=device, dtype=inference_dtype(device, precision),
-                       memory_format=torch.channels_last).eval()
+        dtype = getattr(torch, choose(precision, device)[0])
+        return self.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval()
 
     def forward(self, image, timesteps=(1,)):
         """image B,3,H,W in [-1,1] -> depth map B,1,8h,8w, clipped to [-1,1] (Eq. 1-2).
@@ -169,24 +170,6 @@ class DepthMaster(nn.Module):
     @property
     def dtype(self):
         return self.unet.conv_in.weight.dtype
-
-
-def inference_dtype(device="cpu", precision="auto"):
-    """torch's type for `auto`, `float32`, `bfloat16` or `float16`.
-
-    auto: bfloat16 where the device computes faster in it (a GPU that has it, a CPU with AMX or
-    AVX512-BF16); on older GPUs float16; else float32.
-    """
-    kind = torch.device(device).type
-    if precision == "auto" and kind == "cuda":
-        # Without emulation: what is emulated is slow.
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        precision = "bfloat16" if fast else "float16"
-    elif precision == "auto":
-        fast = kind == "cpu" and (torch.cpu._is_amx_tile_supported()
-                                  or torch.cpu._is_avx512_bf16_supported())
-        precision = "bfloat16" if fast else "float32"
-    return getattr(torch, precision)
 
 
 def clipped(depth):

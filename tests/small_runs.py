@@ -22,7 +22,7 @@ UNET = dict(channels=(8, 16), layers=1, attention=(False, True), heads=(1, 2), t
 VIT = dict(width=12, depth=1, heads=2, swiglu=False, grid=4)
 SHORT = ["--batch", 4, "--micro-batch", 2, "--workers", 0, "--steps", 4, "--warmup", 2, "--lr",
          1e-3, "--log-every", 1, "--validate-every", 2, "--validate-images", 2, "--save-every", 2,
-         "--device", "cpu"]
+         "--device", "cpu", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")

@@ -496,11 +496,12 @@ def test_without_arguments_the_miniature_scores_itself(tmp_path, ckpt, monkeypat
     found = results(tmp_path / "evaluation")[0]["miniature"]
 
     # The same scenes as a set of Hypersim that somebody brings.
-    assert call(monkeypatch, "--ckpt", ckpt, "--data", "scenes", "--out", "again") == 0
-    again = results(tmp_path / "again")[0]["hypersim"]
-    assert again == found
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", "scenes", "--out", "again",
+                "--processing-res", found["processing_res"]) == 0
+    assert results(tmp_path / "again")[0]["hypersim"] == found
     published = capsys.readouterr().out.splitlines()[2]
     assert "(published)" in published and "33.70" in published
+    assert published.endswith(" 80 images, native, owner mask")
 
 
 def test_the_test_split_of_hypersim(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """data/sampler.py: the order is a pure function of (seed, step) and covers every place once."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
-from data.sampler import StepBatchSampler, draw_step, shuffled_index
+from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
 
 LARGE, WIDE = (480, 640), (352, 1216)
 MIX = [0.9, 0.1]
@@ -46,6 +48,16 @@ def test_every_epoch_is_another_permutation():
     assert epochs[0] not in (other_source, other_seed)
     # Far into the training, and asked in any order, it is the same.
     assert [shuffled_index(5, 0, 11, k) for k in reversed(range(11))] == epochs[0][::-1]
+
+
+def test_replacements_are_a_pure_function_of_seed_data_set_and_place():
+    def row(*key):
+        return list(islice(replacements(*key), 50))
+
+    assert row(5, 0, 1000, 7) == row(5, 0, 1000, 7)
+    others = [row(6, 0, 1000, 7), row(5, 1, 1000, 7), row(5, 0, 1000, 8)]
+    assert row(5, 0, 1000, 7) not in others
+    assert set(row(5, 0, 3, 7)) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("batch, micro_batch, world",

@@ -17,6 +17,7 @@ import train_stage1
 from losses.alignment import feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import latent_loss
 from miniature import embedded
+from nets import precision
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.unet import UNet
@@ -220,12 +221,19 @@ def test_validation_says_what_it_leaves_out_and_costs_no_step(files, tmp_path, m
     assert (tmp_path / "none/model.safetensors").exists()
 
 
-def test_a_run_goes_on_with_what_auto_meant(files, tmp_path, monkeypatch):
-    train(monkeypatch, files, tmp_path, "--steps", 2)
-    assert json.loads((tmp_path / "args.json").read_text())["precision"] == "float32"
-    monkeypatch.setattr(engine, "training_dtype", lambda precision, device: torch.bfloat16)
-    with pytest.raises(ValueError, match="precision"):
-        train(monkeypatch, files, tmp_path, "--steps", 2)
+def test_a_run_goes_on_with_what_auto_meant(files, tmp_path, monkeypatch, capsys):
+    options = ["--precision", "auto", "--decay-steps", 9]
+    monkeypatch.setattr(precision, "bfloat16_share", lambda: 0.5)
+    train(monkeypatch, files, tmp_path, "--steps", 2, *options)
+    assert json.loads((tmp_path / "args.json").read_text())["precision"] == "bfloat16"
+    assert "bfloat16 takes 50% of float32's time" in capsys.readouterr().err
+    monkeypatch.setattr(precision, "bfloat16_share", lambda: 2.0)  # on another machine
+    train(monkeypatch, files, tmp_path, "--steps", 3, "--extend", *options)
+    assert json.loads((tmp_path / "args.json").read_text())["precision"] == "bfloat16"
+    train(monkeypatch, files, tmp_path / "new", "--steps", 1, *options)
+    assert json.loads((tmp_path / "new/args.json").read_text())["precision"] == "float32"
+    with pytest.raises(ValueError, match="precision: bfloat16 then, float32 now"):
+        train(monkeypatch, files, tmp_path, "--steps", 3, *options, "--precision", "float32")
 
 
 def test_weights_alone_are_trained_on_the_embedded_scenes(monkeypatch):
@@ -366,6 +374,16 @@ def test_an_empty_folder_is_told(files, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="is empty"):
         train(monkeypatch, files, tmp_path / "run", "--data", tmp_path / "empty")
+
+
+def test_auto_asks_what_the_largest_size_needs(files, streets, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_stage1.Stage1, "activation_bytes",
+                        lambda self, samples, size, dtype: asked.append(tuple(size)) or 0)
+    train(monkeypatch, files, tmp_path / "pairs", "--steps", 1)
+    train(monkeypatch, files, tmp_path / "both", "--steps", 1, "--size", 16, 24, "--vkitti",
+          streets, "--vkitti-crop", *CROP)
+    assert asked == [(32, 48), CROP]
 
 
 @pytest.mark.parametrize("option", ["--batch", "--micro-batch", "--steps"])

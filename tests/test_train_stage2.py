@@ -32,6 +32,16 @@ def batch_of(count=2, height=32, width=48):
                 valid=torch.rand(count, 1, height, width, generator=generator) > 0.1)
 
 
+def test_auto_asks_what_the_largest_size_needs(files, streets, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_stage2.Stage2, "activation_bytes",
+                        lambda self, samples, size, dtype: asked.append(tuple(size)) or 0)
+    train(monkeypatch, files, tmp_path / "pairs", "--steps", 1)
+    train(monkeypatch, files, tmp_path / "both", "--steps", 1, "--size", 16, 24, "--vkitti",
+          streets, "--vkitti-crop", *CROP)
+    assert asked == [(32, 48), CROP]
+
+
 def test_a_run_leaves_what_it_promises(files, tmp_path, monkeypatch):
     rows = train(monkeypatch, files, tmp_path)
     steps = [row for row in rows if "loss" in row]

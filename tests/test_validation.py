@@ -22,7 +22,7 @@ def reader(tmp_path_factory):
         (folder / kind).mkdir()
     for number, size in enumerate(SIZES):
         depth_m, _ = boxes(*size, holes=0.05, seed=number)
-        depth_m[:5] = 90  # beyond what predictions are clipped to
+        depth_m[:5] = 90  # beyond what other sets' predictions are clipped to
         iio.imwrite(folder / f"rgb/{number}.png", photo(*size, seed=number))
         np.save(folder / f"depth/{number}.npy", depth_m.astype(np.float32))
     return FolderOfPairs(folder)
@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 def by_hand(model, reader, indices):
     """Mean scores of samples, one after the other."""
     return mean_scores([score(model.predict(sample["image"].permute(1, 2, 0).numpy()),
-                              sample["depth"][0], sample["valid"][0], model.target, 1e-5, 65.0)
+                              sample["depth"][0], sample["valid"][0], model.target, 1e-5, np.inf)
                         for sample in (reader[index] for index in indices)])
 
 
@@ -58,9 +58,37 @@ def test_all_samples_score_as_in_an_evaluation(reader, tmp_path, target):
     """In the space of the model's target."""
     model = model_of(tmp_path, target)
     rows = evaluate_dataset(lambda samples: model.predict_batch(torch.stack(
-        [sample["image"] for sample in samples])), reader, [target], 1e-5, 65.0)
+        [sample["image"] for sample in samples])), reader, [target], 1e-5, np.inf)
     expected = mean_scores([row.scores[target] for row in rows])
     assert validation.validate(model, reader, 99, torch.float32) == expected
+
+
+@pytest.mark.parametrize("name, res, far", [("hypersim", 0, 65.0), ("vkitti", 0, 80.0),
+                                            ("pairs", None, np.inf)])
+def test_a_set_is_scored_as_in_its_evaluation(model, reader, name, res, far, monkeypatch):
+    """At its own resolution, and clipped to its own range."""
+    monkeypatch.setattr(reader, "benchmark", name)
+    sample = reader[2]
+    pred = model.predict(sample["image"].permute(1, 2, 0).numpy(), res)
+    expected = score(pred, sample["depth"][0], sample["valid"][0], model.target, 1e-5, far)
+    found = validation.validate(model, Only(reader, 2), 1, torch.float32)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+class Only:
+    """One sample of a reader."""
+
+    def __init__(self, reader, index):
+        self.reader, self.index, self.benchmark = reader, index, reader.benchmark
+
+    def __len__(self):
+        return 1
+
+    def name(self, i):
+        return self.reader.name(self.index)
+
+    def __getitem__(self, i):
+        return self.reader[self.index]
 
 
 def test_precision_is_autocasts(model, reader):
