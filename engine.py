@@ -314,8 +314,8 @@ def add_training_options(parser, steps, lr):
     add("--extend", action="store_true", help="resume a run that had fewer --steps")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the networks; auto: bfloat16 on GPUs that compute in it and CPUs that are measured "
-        "to be faster in it, else float32; a run goes on with what it began with")
+        help="of the networks; auto: bfloat16 on GPUs that compute in it and on CPUs that are "
+        "measured to be faster in it, else float32; a run goes on with what it began with")
     add("--compile", action="store_true", help="torch.compile the U-Net")
     add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
         default="auto", help="recompute activations in the backward pass: less memory, a third "

@@ -77,6 +77,7 @@ def options():
     add("--fourier-init", choices=["default", "identity"], default="default",
         help="of a new block; identity: at first it only normalises (%(default)s)")
     add_data_options(parser, engine.whole_between(*LONGEST))
+    # Deviation: the paper's steps; the released configuration has 20,000.
     engine.add_training_options(parser, steps=10_000, lr=3e-6)
     args = parser.parse_args()
     if not (args.pixel_weight >= 0 and args.gradient_weight >= 0):

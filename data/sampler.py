@@ -28,6 +28,7 @@ def draw_step(seed, step, batch, probabilities):
     """
     # Deviation: a pure function of (seed, step); the released code's loader shuffles.
     uniform = random_stream(seed, DRAW_STREAM, step).random((2, batch))
+    # Deviation: each place draws its data set; released, each micro-batch does.
     thresholds = np.cumsum(probabilities) / np.sum(probabilities)
     source = np.searchsorted(thresholds[:-1], uniform[0], side="right")
     return source, uniform[1] < 0.5
@@ -53,7 +54,6 @@ def replacements(seed, source, length, k):
 
     From a stream of their own: the next of the order would mostly be drawn by the same step, too.
     """
-    # Deviation: released, the loader's lists hold no sample that can't be used.
     stream = random_stream(seed, REPLACEMENT_STREAM, source, k)
     while True:
         yield int(stream.integers(length))

@@ -29,6 +29,7 @@ def teacher_image(image):
     rounded down to whole patches, at least one); bicubic without antialias.
     """
     mean, std = imagenet_statistics(image.device)
+    # Deviation: of the picture in [0,1]; released, the statistics meet the one in [-1,1].
     size = [max(side // 16, 1) * 14 for side in image.shape[2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
 

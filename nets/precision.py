@@ -15,6 +15,7 @@ def choose(precision, device="cpu", training=False):
     auto: bfloat16 on GPUs that compute in it and on CPUs that are measured to be faster in it;
     else float32, but for predictions on older GPUs float16. Why is empty if it was asked for.
     """
+    # Deviation: the paper names no precision.
     if precision != "auto":
         return precision, ""
     device = torch.device(device)
