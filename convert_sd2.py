@@ -10,11 +10,10 @@ Every tensor of the source is accounted for; what the file is is told by its ten
 """
 
 import argparse
-import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 import engine
 from nets import checkpoint
@@ -22,6 +21,7 @@ from nets.depthmaster import DepthMaster
 from nets.export import write_diffusers
 from nets.official import fit, open_source
 from nets.text import EMPTY_PROMPT, TextEncoder
+from storage import sha256
 
 MODELS = {"sd2": "Stable Diffusion 2", "stage1": "DepthMaster, stage 1",
           "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2"}
@@ -99,7 +99,7 @@ def text_constant(source, path):
         config = checkpoint.read_header(source.exported)["config"]
         names = ("target", "train_size", "processing_res")
         try:
-            with safe_open(source.exported, framework="pt") as file:
+            with checkpoint.open_weights(source.exported) as file:
                 text = file.get_tensor("text_embedding").float()
             settings = {name: config[name] for name in names}
         except (SafetensorError, KeyError) as error:
@@ -147,11 +147,6 @@ def report(source):
     if source.ignored:
         engine.say(f"  ignored: {len(source.ignored)} tensors that are not needed "
                    f"({', '.join(source.ignored[:3])}{', ...' if source.ignored[3:] else ''})")
-
-
-def sha256(file):
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def dinov2_name(source, width):

@@ -107,7 +107,8 @@ def start(device="auto"):
 
     ValueError if there is no such device.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save", before there is anything to save
+    if hasattr(signal, "SIGUSR1"):  # "save", before there is anything to save; not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -13,7 +13,6 @@ into --out. After an interruption the same command goes on.
 """
 
 import argparse
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import metrics
 from data import predictions
 from data.benchmarks import BENCHMARKS, find_benchmarks, locate, open_benchmark
 from data.chunks import preflight
+from data.pairs import add_pair_options, pair_options
 from data.results import Journal, prepare, write_metrics
 from data.transforms import normalise_target
 from extras.compare import compare
@@ -34,6 +34,7 @@ from extras.table import table
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster
 from nets.precision import choose
+from storage import sha256
 
 # Table II's rows: time steps of the passes; i2l has none, there the autoencoder gets the truth.
 PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": ()}
@@ -52,7 +53,7 @@ def options():
     add("--data", type=Path, metavar="ROOT", help="folder of the sets")
     add("--datasets", nargs="+", choices=BENCHMARKS, metavar="SET",
         help=f"of {' '.join(BENCHMARKS)} (all under ROOT)")
-    add("--depth-scale", type=float, default=1000.0, help="of 16-bit pairs, per metre (1000)")
+    add_pair_options(add)
     add("--vkitti-crop", type=engine.positive, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
@@ -83,7 +84,7 @@ def options():
     return args
 
 
-def open_sets(root, names, depth_scale, vkitti_crop, hypersim_split):
+def open_sets(root, names, vkitti_crop, hypersim_split, pairs):
     """[(name, reader)], opened before anything is computed; the miniature's scenes are rendered."""
     if root is None:
         others = [name for name in names or () if name != "miniature"]
@@ -99,8 +100,7 @@ def open_sets(root, names, depth_scale, vkitti_crop, hypersim_split):
         engine.wait()
         inside = embedded.SCENES if name == "miniature" else root
         folder = locate(name, inside, alone=len(names) == 1)
-        sets.append((name, open_benchmark(name, folder, depth_scale, vkitti_crop,
-                                          hypersim_split)))
+        sets.append((name, open_benchmark(name, folder, vkitti_crop, hypersim_split, **pairs)))
     return sets
 
 
@@ -167,7 +167,8 @@ def score_set(name, reader, limit, score, batch, done, journal, ranks):
 
 def say_skipped(name):
     """An `on_bad` that says which image of a set is left out."""
-    return lambda image, reason: tqdm.write(f"skipped {name}/{image}: {reason}", file=sys.stderr)
+    return lambda image, reason: tqdm.write(
+        engine.printable(f"skipped {name}/{image}: {reason}"), file=sys.stderr)
 
 
 def summarise(rows, spaces, reader, limit):
@@ -222,24 +223,27 @@ def open_journal(out, settings, names, keys, ranks):
 
 def decisive(options, source):
     """What rows depend on: of the options (a dict) these, and the source, as plain types."""
-    names = ["data", "align", "align_negative", "f1_mask", "depth_scale", "vkitti_crop",
-             "hypersim_split"]
+    names = ["data", "align", "align_negative", "f1_mask", "depth_scale", "max_depth",
+             "resize_depth", "exif", "vkitti_crop", "hypersim_split"]
     if not options["predictions"]:
         names += ["precision", "paradigm", "processing_res", "batch"]
     return source | {name: str(options[name]) for name in names}
 
 
 def state_of_weights(ckpt):
-    with open(ckpt, "rb") as file:
-        return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"weights": sha256(ckpt)}
 
 
 def state_of_predictions(folder, keys):
     """{set: state of its saved predictions}, for the images (set, name) in keys."""
-    names = dict.fromkeys(name for name, _ in keys)
-    return {name: predictions.state(locate(name, folder, len(names) == 1),
-                                    [image for which, image in keys if which == name])
-            for name in names}
+    names, states = dict.fromkeys(name for name, _ in keys), {}
+    for name in names:
+        images = [image for which, image in keys if which == name]
+        forms, states[name] = predictions.state(locate(name, folder, len(names) == 1), images)
+        if forms.keys() - {"NAME"}:
+            counts = ", ".join(f"{count} {form}" for form, count in forms.items())
+            engine.say(f"{name}: of {len(images)} predictions are there under the names: {counts}.")
+    return states
 
 
 def open_predictor(name, model, processing_res, paradigm, saved, alone):
@@ -299,8 +303,8 @@ def main():
     args = options()
     if args.compare:
         return print(compare(args.compare, PUBLISHED))
-    opened = partial(open_sets, args.data, args.datasets, args.depth_scale, args.vkitti_crop,
-                     args.hypersim_split)
+    opened = partial(open_sets, args.data, args.datasets, args.vkitti_crop, args.hypersim_split,
+                     pair_options(args))
     if args.preflight:
         return preflight(dict(opened()), args.workers, engine.tell)
     engine.check_folder(args.out, "--out")

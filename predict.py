@@ -4,8 +4,8 @@
 
 Writes for each picture, under the same relative path in --out: NAME.npy (float32 H,W in [0,1], the
 size of the picture), NAME.png (16 bits, 65535 = near) and NAME_color.png (near is red, with a
-legend). Folders are searched recursively; pictures are turned upright as their EXIF says. A
-picture that cannot be used is reported, and the others are still written (exit code 1).
+legend). Folders are searched with all below them; pictures are turned upright as their EXIF says. A
+picture that can't be used is reported, and the others are still written (exit code 1).
 """
 
 import argparse
@@ -22,10 +22,13 @@ from tqdm import tqdm
 import engine
 from data.files import write_npy, write_png
 from data.hypersim import Hypersim
-from extras.pictures import MEANING, SUFFIXES, read_photograph, with_legend, write_described_png
+from data.images import PICTURES, allow_pixels, read_rgb
+from data.pairs import describe_passed_over
+from extras.pictures import MEANING, with_legend, write_described_png
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster
 from nets.precision import choose
+from storage import walk
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png"}
 THREADS = engine.readers()  # that decode pictures and write results
@@ -47,6 +50,8 @@ def options():
         help="auto: bfloat16 where it is faster (GPUs, some CPUs), else float32")
     add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
         "follow each other (8 on CUDA, else 1)")
+    add("--max-pixels", type=engine.positive, metavar="N",
+        help="refuse pictures of more (179 million): they take some 30 bytes of memory a pixel")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     return parser.parse_args()
 
@@ -62,11 +67,14 @@ def find_pictures(inputs, out):
     for given in inputs:
         if given.is_dir():
             inside = out.resolve() != given.resolve() and out.resolve()
-            paths = [path for path in sorted(given.rglob("*")) if path.is_file()
-                     and path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-                     and not (inside and path.resolve().is_relative_to(inside))]
+            files = [path for path in map(given.joinpath, walk(given))
+                     if not (inside and path.resolve().is_relative_to(inside))]
+            paths = [path for path in files if path.suffix.lower() in PICTURES]
             if not paths:
-                raise FileNotFoundError(f"{given} holds no picture ({' '.join(SUFFIXES)}).")
+                raise FileNotFoundError(f"{given} holds no picture ({' '.join(PICTURES)}).")
+            if len(paths) < len(files):
+                others = [str(path) for path in files if path.suffix.lower() not in PICTURES]
+                engine.say(describe_passed_over(others) + ".")
         elif given.is_file():
             paths = [given]
         else:
@@ -131,7 +139,7 @@ def read_ahead(pool, pictures, count):
     """
     coming = deque()
     for name, path in pictures.items():
-        coming.append((name, pool.submit(read_photograph, path)))
+        coming.append((name, pool.submit(read_rgb, path)))
         if len(coming) > count:
             name, reading = coming.popleft()
             yield name, reading.exception() or reading.result()
@@ -182,7 +190,7 @@ def predict_all(model, pictures, outputs, processing_res, batch):
             except ValueError as error:
                 paths = [pictures[name] for name in names]
                 blamed = "" if str(paths[0]) in str(error) else f"{paths[0]}: "
-                tqdm.write(f"left out: {blamed}{error}", file=sys.stderr)
+                tqdm.write(engine.printable(f"left out: {blamed}{error}"), file=sys.stderr)
                 failed += paths
             else:
                 writing += [pool.submit(write, near, outputs[name])
@@ -227,6 +235,8 @@ def write(near, files):
 def main():
     args = options()
     engine.check_folder(args.out, "--out")
+    if args.max_pixels:
+        allow_pixels(args.max_pixels)
     if not args.ckpt:
         engine.say(f"No --ckpt: predicting with the embedded miniature, {embedded.TRAINED}, a toy "
                    "trained on procedural rooms.")

@@ -4,18 +4,18 @@ A checkpoint is one file with weights, optimizer and step, written beside, synce
 one before it stays as a reserve. Whatever happens, at any moment, one of the two is whole.
 """
 
-import fcntl
 import json
 import os
 import shutil
+import signal
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from engine import agreed, is_first, say
+from storage import sync, whole, write_text
 
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
@@ -36,6 +36,13 @@ def decisive(options):
 # ---------------------------------------------------------------------------- opening
 
 
+def check_system():
+    """ValueError where a run's folder can't be kept, before anything is done for it."""
+    if find_spec("fcntl") is None or not hasattr(signal, "SIGUSR1"):
+        raise ValueError("training needs Linux or macOS (on Windows: WSL); predict.py, evaluate.py "
+                         "and convert_sd2.py run here, too.")
+
+
 def open_run(folder, options, ranks, extend=False):
     """Prepares a run folder; returns the state to resume from, or None for a new run.
 
@@ -49,11 +56,12 @@ def open_run(folder, options, ranks, extend=False):
     if ranks.first:
         claim(folder)
         path = choose_checkpoint(folder)
-        (folder / f"{STATE}.tmp").unlink(missing_ok=True)  # of a run that was killed while saving
+        for left in folder.glob("*.tmp"):  # by a run that was killed while saving
+            left.unlink(missing_ok=True)
     path = agreed(path)
     if path is None:
         if ranks.first:
-            write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n")
+            write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n", lasting=True)
             (folder / LOG).unlink(missing_ok=True)
         return None
     before = read_options(folder / OPTIONS)
@@ -67,7 +75,7 @@ def open_run(folder, options, ranks, extend=False):
                          "its options to resume it, choose another --out, or add --extend if it "
                          "is to have more steps.")
     if same and ranks.first:
-        write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n")
+        write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n", lasting=True)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -85,6 +93,7 @@ def claim(folder):
 
     It may be a rank that outlived its torchrun; both would write the same files.
     """
+    import fcntl  # which Windows does not have
     file = HELD[folder] = open(folder / LOCK, "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its children
@@ -107,7 +116,7 @@ def choose_checkpoint(folder):
         if fault is None:
             # In the damaged one's place: the next save must not keep that one as the reserve.
             os.replace(path, folder / STATE)
-            sync_folder(folder)
+            sync(folder)
             if path.name == PREVIOUS and len(there) == 1:
                 say(f"{folder / STATE} is missing: going back to the checkpoint before it.")
             return folder / STATE
@@ -153,7 +162,7 @@ def read_options(path):
 def resume(folder, state, trained, optimizer, steps, model=None):
     """Puts back what `open_run` returned; the number of steps that are done, of `steps`.
 
-    model: what has `save`; its file is written anew if it is not of this checkpoint.
+    model: what has `save` and `is_saved`; its file is written anew if it is not of this checkpoint.
     """
     if state is None:
         return 0
@@ -169,22 +178,12 @@ def resume(folder, state, trained, optimizer, steps, model=None):
                         if torch.is_tensor(value)})
     done = state["step"]
     state.clear()
-    if model is not None and is_first() and not holds(Path(folder) / MODEL, model):
+    if model is not None and is_first() and not model.is_saved(Path(folder) / MODEL):
         say(f"Writing {Path(folder) / MODEL} as of step {done}.")
         model.save(Path(folder) / MODEL)
     say(f"{folder} is finished: it has all its {done} steps." if done >= steps
         else f"Resuming {folder} at step {done} of {steps}.")
     return done
-
-
-def holds(path, model):
-    """Whether a model file can be read and has the weights of a model."""
-    try:
-        tensors, expected = load_file(path), model.state_dict()
-    except (OSError, SafetensorError):
-        return False
-    return tensors.keys() == expected.keys() and all(
-        torch.equal(tensors[name], expected[name].cpu()) for name in expected)
 
 
 # ---------------------------------------------------------------------------- saving
@@ -210,46 +209,21 @@ def save(folder, step, trained, optimizer, model):
             "is untouched).")
     if free < needed:
         raise OSError(full)
-    temporary = folder / f"{STATE}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        model.save(folder / MODEL)
+        with whole(folder / STATE, lasting=True) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+            model.save(folder / MODEL)
+            if (folder / STATE).exists():
+                os.replace(folder / STATE, folder / PREVIOUS)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{full} ({str(error).splitlines()[0]})") from error
-    if (folder / STATE).exists():
-        os.replace(folder / STATE, folder / PREVIOUS)
-    os.replace(temporary, folder / STATE)
-    sync_folder(folder)
 
 
 def size(tensors):
     """Bytes of the tensors in a dict of tensors, or of dicts of tensors."""
     return sum(size(value) if isinstance(value, dict) else value.nbytes
                for value in tensors.values() if isinstance(value, dict) or torch.is_tensor(value))
-
-
-def write_text(path, text):
-    """A small file, complete or as it was before."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder):
-    """Makes renames in a folder last through a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------------- the log
@@ -265,7 +239,8 @@ class Log:
         self.path = Path(folder) / LOG if ranks.first else None
         if self.path and self.path.exists():
             lines = self.path.read_text(errors="replace").splitlines()
-            write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
+            write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step),
+                       lasting=True)
 
     def write(self, row):
         """Appends a row; OSError with the path and the bytes if there is no room."""

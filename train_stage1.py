@@ -20,7 +20,7 @@ import engine
 import run_folder
 from data.cache import CachedTrainingSet, fill, fingerprint
 from data.hypersim_geometry import CAMERA_CSV
-from data.pairs import PAIRS_CSV
+from data.pairs import PAIRS_CSV, pair_options
 from data.sampler import StepBatchSampler
 from data.training import (
     add_data_options, check_data, open_held_out, open_training_set, read_batches,
@@ -151,6 +151,7 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
 
 def main():
     args = options()
+    run_folder.check_system()
     engine.check_folder(args.out, "--out")
     if args.cache:
         engine.check_folder(args.cache, "--cache")
@@ -175,10 +176,10 @@ def main():
         trained["adapter"] = objective.adapter
     optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True)
 
-    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop,
-                                     args.depth_scale, args.target, args.seed, args.batch,
-                                     args.rgb_resize)
-    held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
+    pairs = pair_options(args)
+    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop, args.target,
+                                     args.seed, args.batch, args.rgb_resize, **pairs)
+    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, engine.say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, engine.tell)
     objective.unet.checkpoint_activations = engine.recompute_activations(
@@ -188,7 +189,7 @@ def main():
     first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
-                        depth_scale=args.depth_scale, autocast=str(dtype))
+                        autocast=str(dtype), **pairs)
         files = [sd2, dinov2] if dinov2 else [sd2]
         training_set = cached(training_set, objective, args.cache, settings, files, dtype,
                               getattr(torch, args.cache_precision), args.workers, ranks)

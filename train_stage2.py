@@ -18,6 +18,7 @@ from torch import nn
 
 import engine
 import run_folder
+from data.pairs import pair_options
 from data.sampler import StepBatchSampler
 from data.training import (
     add_data_options, check_data, open_held_out, open_training_set, read_batches,
@@ -90,6 +91,7 @@ def options():
 
 def main():
     args = options()
+    run_folder.check_system()
     engine.check_folder(args.out, "--out")
     ranks = engine.start(args.device)
     before = run_folder.begun_with(args.out, "precision", args.precision)
@@ -113,10 +115,10 @@ def main():
     weights = {"pixel": args.pixel_weight, "gradient": args.gradient_weight}
     optimizer = torch.optim.Adam(model.unet.parameters(), lr=0.0, fused=True)
 
-    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop,
-                                     args.depth_scale, model.target, args.seed, args.batch,
-                                     args.rgb_resize)
-    held_out = open_held_out(data or vkitti, args.vkitti_crop, args.depth_scale, engine.say)
+    pairs = pair_options(args)
+    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop, model.target,
+                                     args.seed, args.batch, args.rgb_resize, **pairs)
+    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, engine.say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, engine.tell)
     recompute = engine.recompute_activations(

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 import engine
-from extras.pictures import SUFFIXES, read_photograph
+from data.images import PICTURES, read_rgb
 from miniature import embedded
 from nets.depthmaster import DepthMaster
+from storage import walk
 
 TARGET = 0.01
 
@@ -33,7 +34,7 @@ def main():
     add("--processing-res", type=engine.positive, nargs="+", default=[256, 768])
     add("--device", default="auto")
     args = parser.parse_args()
-    photos = sorted(path for path in args.photos.glob("*") if path.suffix.lower() in SUFFIXES)
+    photos = [args.photos / file for file in walk(args.photos) if file.lower().endswith(PICTURES)]
     if not photos:
         raise ValueError(f"{args.photos} holds no photograph: give a folder that does.")
     device = engine.start(args.device).device
@@ -41,7 +42,7 @@ def main():
     print("| photograph | longest side | mean difference | largest | target of the mean |")
     print("|---|---|---|---|---|")
     for path in photos:
-        image = read_photograph(path)
+        image = read_rgb(path)
         for longest in args.processing_res:
             exact, rounded = (model.predict(image, longest) for model in models)
             difference = np.abs(exact - rounded)

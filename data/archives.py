@@ -1,11 +1,11 @@
 """A folder or a .tar that is read in place, both as a table of relative names and contents."""
 
-import os
 import tarfile
 from pathlib import Path, PurePosixPath
 
 from data.files import check_bytes
 from data.transforms import BadSample
+from storage import walk
 
 
 class Folder:
@@ -13,8 +13,7 @@ class Folder:
 
     def __init__(self, root):
         self.root = Path(root)
-        paths = (Path(parent, file) for parent, _, files in os.walk(self.root) for file in files)
-        self.names = {path.relative_to(self.root).as_posix() for path in paths}
+        self.names = set(walk(self.root))
 
     def place(self, name):
         """Where a file lies, for messages."""
@@ -32,8 +31,8 @@ class Folder:
 class Tar:
     """The plain files of an uncompressed .tar, found by reading its headers once.
 
-    Reading needs no position of the file, so one object serves several processes and threads.
-    Links, devices and names that lead out of the archive are left out; nothing is ever unpacked.
+    Each reading opens it anew, so one object serves several processes and threads. Links, devices,
+    names that begin with a dot or lead out of the archive are left out; nothing is ever unpacked.
     Raises ValueError if the archive is truncated or compressed.
     """
 
@@ -41,10 +40,6 @@ class Tar:
         self.root = Path(path)
         self.spans = index(self.root)  # name -> (offset, size)
         self.names = set(self.spans)
-        self.file = None
-
-    def __getstate__(self):
-        return {**vars(self), "file": None}  # each process opens its own
 
     def place(self, name):
         """Where a file lies, for messages."""
@@ -57,9 +52,9 @@ class Tar:
         offset, size = self.spans[name]
         check_bytes(self.place(name), size)
         try:
-            if self.file is None:
-                self.file = open(self.root, "rb", buffering=0)
-            content = os.pread(self.file.fileno(), size, offset)
+            with open(self.root, "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
         except OSError as error:
             raise BadSample(f"{self.place(name)} can't be read: {error.strerror}.") from None
         if len(content) != size:
@@ -74,7 +69,8 @@ def index(path):
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                if not member.isreg() or name.is_absolute() or ".." in name.parts:
+                hidden = any(part.startswith(".") for part in name.parts)  # .. as well
+                if not member.isreg() or name.is_absolute() or hidden:
                     continue
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"{name} is cut off")
@@ -92,9 +88,12 @@ def index(path):
 def open_tree(folder, tar):
     """What a set's folder holds: the archive of this name, or else its extracted content.
 
-    The content may lie in the folder itself or in a folder named like the archive.
+    The content may lie in the folder itself or in a folder named like the archive. In place of the
+    folder an archive may be given, whatever its name.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return Tar(folder)
     if (folder / tar).is_file():
         return Tar(folder / tar)
     inside = folder / tar.removesuffix(".tar")

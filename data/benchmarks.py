@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.hypersim import Hypersim, ProcessedHypersim
 from data.pairs import FolderOfPairs
-from data.training import holds_pairs, holds_processed_hypersim
+from data.training import check_usable, holds_pairs, holds_processed_hypersim
 from data.vkitti import VirtualKITTI
 from data.zeroshot import LAYOUTS, ZeroShot
 
@@ -43,27 +43,30 @@ BENCHMARKS = {
 }
 
 
-def open_benchmark(name, folder, depth_scale=1000.0, vkitti_crop=(352, 1216),
-                   hypersim_split="val"):
-    """The reader of a set that lies in `folder`; depth_scale: units per metre of the pairs' PNGs.
+def open_benchmark(name, folder, vkitti_crop=(352, 1216), hypersim_split="val", **pairs):
+    """The reader of a set that lies in `folder`; pairs: keywords of FolderOfPairs, `exif` of all.
 
     A reader has a length, name(i), [i] -> sample, and `expected`, the number of images that the
     set should have (None: anything). Raises FileNotFoundError if the set is not there.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there, but should hold the set {name}: give the "
-                                "folder that it lies in with --data.")
+    if not folder.is_dir() and not (folder.is_file() and name in LAYOUTS):
+        raise FileNotFoundError(f"{folder} is not there as a folder, but should hold the set "
+                                f"{name}: give the folder that it lies in with --data.")
     if name in LAYOUTS:
-        return ZeroShot(name, folder)
-    if name == "vkitti":
-        return VirtualKITTI(folder, "val", vkitti_crop)
-    if name == "pairs":
-        return FolderOfPairs(folder / "val" if holds_pairs(folder / "val") else folder, depth_scale)
-    entries = sorted(entry.name for entry in folder.iterdir())
-    processed = holds_processed_hypersim(folder, entries)
-    split = hypersim_split if name == "hypersim" else "val"
-    return (ProcessedHypersim if processed else Hypersim)(folder, split)
+        reader = ZeroShot(name, folder)
+    elif name == "vkitti":
+        reader = VirtualKITTI(folder, "val", vkitti_crop)
+    elif name == "pairs":
+        reader = FolderOfPairs(folder / "val" if holds_pairs(folder / "val") else folder, **pairs)
+    else:
+        entries = sorted(entry.name for entry in folder.iterdir())
+        processed = holds_processed_hypersim(folder, entries)
+        split = hypersim_split if name == "hypersim" else "val"
+        reader = (ProcessedHypersim if processed else Hypersim)(folder, split)
+        check_usable(reader)
+    reader.exif = pairs.get("exif", "auto")
+    return reader
 
 
 def locate(name, root, alone):
@@ -73,7 +76,16 @@ def locate(name, root, alone):
 
 
 def find_benchmarks(root):
-    """Names of the sets that have a folder under ROOT. FileNotFoundError if none has."""
+    """Names of the sets that have a folder under ROOT. FileNotFoundError if none has.
+
+    ROOT may be the archive of one set, under its own name.
+    """
+    if Path(root).is_file():
+        found = [name for name, layout in LAYOUTS.items() if layout.tar == Path(root).name]
+        if not found:
+            raise FileNotFoundError(f"{root} is a file: if it is the archive of a set, say which "
+                                    "set it is with --datasets.")
+        return found
     names = [name for name in BENCHMARKS if name != "miniature"]
     found = [name for name in names if (Path(root) / BENCHMARKS[name].folder).is_dir()]
     if not found:

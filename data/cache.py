@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.chunks import read_ahead
-from data.files import beside
 from data.training import TrainingSet, collate
 from data.transforms import BadSample, FilteredSample
+from storage import sha256, whole, write_text
 
 # In place of an entry: why the sample can't be used, or why it is left out on purpose.
 REASONS = {".bad": BadSample, ".filtered": FilteredSample}
@@ -36,8 +36,7 @@ def fingerprint(settings, files):
     """A name for what entries depend on: plain settings (a dict) and the contents of files."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:16]
 
 
@@ -60,7 +59,7 @@ class CachedTrainingSet(TrainingSet):
                 tensors = load_file(f"{entry}.safetensors")
                 return dict(tensors, name=self.sources[number].name(index))
             kind = ".filtered" if os.path.exists(f"{entry}.filtered") else ".bad"
-            reason = Path(f"{entry}{kind}").read_text()
+            reason = Path(f"{entry}{kind}").read_text("utf-8", errors="surrogateescape")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{entry}* in the cache is missing or damaged ({error}): remove what "
                              "is left of it and give the same command again.") from error
@@ -117,8 +116,7 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
             tqdm(rows, desc="filling the cache", disable=rank > 0, total=len(missing))):
         if error:
             kind = ".filtered" if isinstance(error, FilteredSample) else ".bad"
-            with beside(Path(f"{entry}{kind}")) as temporary:
-                temporary.write_text(str(error))
+            write_text(f"{entry}{kind}", str(error))
             continue
         tensors = {name: value[0].to("cpu", dtype if value.is_floating_point() else None)
                    for name, value in frozen(batch).items()}
@@ -126,7 +124,7 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
         if not sized:
             check_room(cached.folder, world * missing.bytes_like(place, tensors))
             sized = True
-        with beside(Path(f"{entry}.safetensors")) as temporary:
+        with whole(f"{entry}.safetensors") as temporary:
             save_file(tensors, temporary)
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import signal
 
 import torch
@@ -16,15 +17,18 @@ def read_ahead(dataset, workers, **options):
 
     dataset: gets a `reading`, a Reading that it may note its samples in, for a worker that dies.
     """
+    if not hasattr(signal, "SIGCHLD"):  # Windows: what tells of a worker's end is not there
+        workers = 0
     dataset.reading = Reading(workers)
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
                         **options)
     try:
-        batches = iter(loader)
         atexit.register(end_readers)
+        batches = iter(loader)
         # For a worker that dies, torch raises wherever the program is at that moment. Without its
         # handler the loader notices, when its next batch is wanted.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if workers:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from batches
     except ValueError as error:
         last_line = str(error).rstrip().split("\n")[-1]
@@ -58,12 +62,12 @@ class Reading:
     def note(self, name):
         worker = get_worker_info()
         if worker:
-            text = name.encode()[-511:]
+            text = os.fsencode(name)[-511:]
             self.rows[worker.id, :len(text) + 1] = torch.tensor([*text, 0], dtype=torch.uint8)
 
     def names(self):
         texts = (bytes(row.tolist()).partition(b"\0")[0] for row in self.rows)
-        return [text.decode(errors="replace") for text in texts if text]
+        return [os.fsdecode(text) for text in texts if text]
 
 
 class Chunks(Dataset):
@@ -87,7 +91,7 @@ class Chunks(Dataset):
 
 
 class Checked(Dataset):
-    """For each sample (name, why it can't be read or None, whether it is left out on purpose)."""
+    """For each sample (name, what is wrong with it or None, `bad`, `filtered` or `doubtful`)."""
 
     def __init__(self, reader):
         self.reader = reader
@@ -98,10 +102,11 @@ class Checked(Dataset):
     def __getitem__(self, index):
         self.reading.note(self.reader.name(index))
         try:
-            self.reader[index]
+            reason, kind = self.reader[index].get("doubt"), "doubtful"
         except ValueError as error:
-            return self.reader.name(index), str(error), isinstance(error, FilteredSample)
-        return self.reader.name(index), None, False
+            kind = "filtered" if isinstance(error, FilteredSample) else "bad"
+            reason = str(error)
+        return self.reader.name(index), reason, kind
 
 
 def preflight(readers, workers, tell):
@@ -113,13 +118,14 @@ def preflight(readers, workers, tell):
     for what, reader in readers.items():
         rows = read_ahead(Checked(reader), workers, batch_size=None)
         rows = list(tqdm(rows, what, len(reader), unit="sample", dynamic_ncols=True))
-        bad = [(name, reason) for name, reason, filtered in rows if reason and not filtered]
-        left_out = sum(filtered for _, _, filtered in rows)
+        found = {kind: [(name, reason) for name, reason, which in rows if reason and which == kind]
+                 for kind in ("bad", "filtered", "doubtful")}
         expected = "" if reader.expected is None else f" of {reader.expected:,}"
-        tell(f"{what}: {len(rows):,}{expected} samples, {len(bad):,} bad, {left_out:,} left out "
-             "by the filter")
-        for name, reason in bad:
+        doubtful = f", {len(found['doubtful']):,} doubtful" if found["doubtful"] else ""
+        tell(f"{what}: {len(rows):,}{expected} samples, {len(found['bad']):,} bad, "
+             f"{len(found['filtered']):,} left out by the filter{doubtful}")
+        for name, reason in found["bad"] + found["doubtful"]:
             tell(f"  {name}: {reason}")
-        total += len(bad)
+        total += len(found["bad"])
     if total:
         raise ValueError(f"{total} samples can't be used: they are listed above.")

@@ -1,7 +1,7 @@
 """Decode one file into an array, or raise a BadSample that names the file and the reason.
 
-A file may be anything: nothing in it is ever executed, and no more is decoded than fits a picture
-(Pillow's limit of 179 million pixels), an array of 1 GiB or a table of 64 MiB and 200 columns.
+A file may be anything: nothing in it is ever executed, and no more is decoded than an array of
+1 GiB or a table of 64 MiB and 200 columns. (Pictures: data/images.py.)
 """
 
 import csv
@@ -11,20 +11,17 @@ import os
 import zipfile
 import zlib
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import chain
 
 import h5py
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image
-from safetensors import SafetensorError
 
 from data.transforms import BadSample
+from storage import whole
 
 MAX_BYTES = 2**30  # of an array
 MAX_TABLE_BYTES, MAX_COLUMNS, MAX_ENTRIES = 2**26, 200, 10_000_000
-# Of Pillow's formats: for others it may start programs. PPM stands for PFM, too.
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 # How many times its size a chunk of an HDF5 file can unpack to, by filter.
 EXPANSION = {h5py.h5z.FILTER_DEFLATE: 1040, h5py.h5z.FILTER_LZF: 100}
 HARMLESS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
@@ -43,38 +40,9 @@ def blame(path):
         raise BadSample(f"{path} is missing.") from None
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, ...
         reason = str(error).split("\n")[0] or type(error).__name__
+        if "PngImagePlugin.MAX_TEXT" in reason:
+            reason = "its texts or its colour profile take over 64 MiB, so save it without them"
         raise BadSample(f"{path} can't be read: {reason.rstrip('.')}.") from error
-
-
-def read_picture(path, content=None):
-    """A picture -> the array that is stored in it. content: its bytes, if they were read before."""
-    with blame(path):
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS):
-            pass  # only its beginning was read
-        return iio.imread(path if content is None else content, plugin="pillow", index=0)
-
-
-def read_rgb(path, content=None):
-    """A picture -> uint8 H,W,3; grey ones are repeated, an alpha channel is dropped."""
-    image = read_picture(path, content)
-    if image.dtype != np.uint8:
-        raise BadSample(f"{path} is a picture of {image.dtype}, not of 8 bits a channel.")
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.ndim != 3 or image.shape[2] not in (1, 2, 3, 4):
-        raise BadSample(f"{path} is not one picture in grey or colour: its shape is {image.shape}.")
-    if image.shape[2] < 3:
-        return np.repeat(image[..., :1], 3, axis=2)
-    return image[..., :3]
-
-
-def read_png16(path, content=None):
-    """A 16-bit picture of one channel -> uint16 H,W."""
-    values = read_picture(path, content)
-    if values.dtype != np.uint16 or values.ndim != 2:
-        raise BadSample(f"{path} is a picture of {values.dtype} with shape {values.shape}, not a "
-                        "16-bit picture of one channel.")
-    return values
 
 
 def read_hdf5(path, key="dataset"):
@@ -152,19 +120,31 @@ def check_bytes(path, count):
 
 
 def read_table(path):
-    """The rows of a CSV file as dicts. Raises ValueError if it is none, or beyond the limits."""
+    """The rows of a CSV file as dicts. Raises ValueError if it is none, or beyond the limits.
+
+    As spreadsheets write it: UTF-8 with or without its mark, commas, semicolons or tabs, spaces
+    around what they separate. Names of files may be no UTF-8.
+    """
     rows = []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
-            table = csv.DictReader(file)
-            columns = len(table.fieldnames or ())
-            if columns > MAX_COLUMNS or os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
-                raise csv.Error(f"up to {MAX_COLUMNS} columns and {MAX_TABLE_BYTES:,} bytes are")
+            if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
+                raise csv.Error(f"up to {MAX_TABLE_BYTES:,} bytes are")
+            heading = file.readline()
+            if "\0" in heading:
+                raise csv.Error("it is no text in UTF-8, which is")
+            table = csv.DictReader(chain([heading], file), skipinitialspace=True,
+                                   delimiter=max(",;\t", key=heading.count))
+            table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+            columns = len(table.fieldnames)
+            if columns > MAX_COLUMNS:
+                raise csv.Error(f"up to {MAX_COLUMNS} columns are")
             for row in table:
-                rows.append(row)
+                rows.append({name: value.strip() if isinstance(value, str) else value
+                             for name, value in row.items()})
                 if len(rows) * columns > MAX_ENTRIES:  # a row may lack most of its columns
                     raise csv.Error(f"up to {MAX_ENTRIES:,} entries are")
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ValueError(f"{path} is not a table that can be read ({error}): get it again or "
                              "write it anew.") from error
     return rows
@@ -180,31 +160,13 @@ def single_key(keys, path):
     return keys[0]
 
 
-@contextmanager
-def beside(path):
-    """The name to write a file under first; it takes its own when it is whole.
-
-    OSError that names the file if there is no room; other programs may write the same one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} can't be written ({error}): make room and give the same command "
-                      "again.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_png(path, array):
     """Write uint8 H,W,3 or uint16 H,W as PNG, whole or not at all."""
-    with beside(path) as temporary:
+    with whole(path) as temporary:
         iio.imwrite(temporary, array, plugin="pillow", extension=".png")
 
 
 def write_npy(path, array):
     """Write an array as .npy, whole or not at all."""
-    with beside(path) as temporary, open(temporary, "wb") as file:
+    with whole(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)

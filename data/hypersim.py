@@ -1,17 +1,18 @@
 """Hypersim (Roberts et al., ICCV 2021): the raw release, and the processed form of the field."""
 
 import logging
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from data.files import read_hdf5, read_png16, read_rgb, read_table
+from data.files import read_hdf5, read_table
+from data.images import read_png16, read_rgb
 from data.hypersim_geometry import (
     MAX_DEPTH_M, MIN_DEPTH_M, on_object, planar_depth, read_cameras,
 )
 from data.transforms import BadSample, FilteredSample, check_same_size, pack_sample
+from storage import walk
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Hypersim:
     """
 
     benchmark = "hypersim"  # in data/benchmarks.py
+    exif = "auto"  # as in data/files.py
 
     def __init__(self, root, split="train", filter=None):
         """filter: leave out what Marigold's thresholds reject; by default for training only.
@@ -49,6 +51,11 @@ class Hypersim:
             log.warning("%s: the camera table lacks %d scenes, whose cameras are taken as upright.",
                         self.root, len(without_camera))
         self.with_color = self._frames_with_color()
+        entities = geometry_paths(self.root, self.frames, "render_entity_id")
+        self.lacking = [path for path, there in zip(entities, are_present(entities)) if not there]
+        if self.lacking:
+            log.warning("%s: %d of %d frames have no entity ids, without which they can't be used, "
+                        "such as %s.", root, len(self.lacking), len(self), self.lacking[0])
 
     def _frames_with_color(self):
         """For each frame, whether color.hdf5 is there; says how many have only the preview."""
@@ -100,7 +107,8 @@ class Hypersim:
             check_array(path, color, np.floating, 3)
             check_same_size(path, color, entity_id)
             return tone_map(color, on_object(entity_id))
-        return read_rgb(self._path(i, "final_preview", "tonemap.jpg"))
+        return read_rgb(self._path(i, "final_preview", "tonemap.jpg"), exif=self.exif,
+                        size=entity_id.shape)
 
 
 def public_frames(root, split):
@@ -131,8 +139,7 @@ def public_frames(root, split):
 
 def keep_present(root, frames, split):
     """The frames whose distance is on disk; says how many are not, raises if none is."""
-    paths = [root / scene / "images" / f"scene_{camera}_geometry_hdf5"
-             / f"frame.{frame:04d}.depth_meters.hdf5" for scene, camera, frame in frames]
+    paths = geometry_paths(root, frames, "depth_meters")
     present = [frame for frame, there in zip(frames, are_present(paths)) if there]
     if not present:
         example = f"; the first would be {paths[0]}" if paths else ""
@@ -144,11 +151,16 @@ def keep_present(root, frames, split):
     return present
 
 
+def geometry_paths(root, frames, kind):
+    return [root / scene / "images" / f"scene_{camera}_geometry_hdf5"
+            / f"frame.{frame:04d}.{kind}.hdf5" for scene, camera, frame in frames]
+
+
 def are_present(paths):
     """[bool] for each path. Reads each folder once: on a file server that is much faster."""
     names = {}
     for folder in {path.parent for path in paths}:
-        names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        names[folder] = set(walk(folder))
     return [path.name in names[path.parent] for path in paths]
 
 
@@ -214,6 +226,7 @@ class ProcessedHypersim:
     """
 
     benchmark = "hypersim"  # in data/benchmarks.py
+    exif = "auto"  # as in data/files.py
 
     def __init__(self, root, split="train", filter=None):
         """filter: as for Hypersim. Raises FileNotFoundError if there is no pair."""
@@ -235,8 +248,8 @@ class ProcessedHypersim:
 
     def __getitem__(self, i):
         """A sample; raises BadSample, or FilteredSample if the filter rejects it."""
-        image = read_rgb(self.root / self.images[i])
         depth_mm = read_png16(self.depth_path(i))
+        image = read_rgb(self.root / self.images[i], exif=self.exif, size=depth_mm.shape)
         depth_m = depth_mm.astype(np.float32) / 1000
         valid = (depth_m > MIN_DEPTH_M) & (depth_m < MAX_DEPTH_M)
         if self.filter:
@@ -257,14 +270,10 @@ def find_processed(root, split):
         base = root / split
     elif split != "train":
         log.warning("%s has no folders train, val or test: all of it serves as %s.", root, split)
-    images, depth_maps = [], set()
-    for folder, _, files in os.walk(base):
-        relative = Path(folder).relative_to(root).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
-        images += [prefix + file for file in files
-                   if re.fullmatch(r"rgb_cam_\d+_fr\d+\.png", file)]
-        depth_maps.update(prefix + file for file in files if file.startswith("depth_plane_"))
-    pairs = sorted(image for image in images if depth_of(image) in depth_maps)
+    prefix = "" if base == root else f"{split}/"
+    files = {prefix + file for file in walk(base)}
+    images = [file for file in files if re.fullmatch(r"(.*/)?rgb_cam_\d+_fr\d+\.png", file)]
+    pairs = sorted(image for image in images if depth_of(image) in files)
     if not pairs:
         raise FileNotFoundError(f"{base} holds no pair of rgb_cam_XX_frIIII.png and "
                                 "depth_plane_cam_XX_frIIII.png.")

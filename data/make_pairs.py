@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import engine
-from data.files import read_npy, read_npz, read_picture, read_rgb, write_npy, write_png
+from data.files import read_npy, read_npz, write_npy, write_png
+from data.images import read_picture, read_rgb
 from data.pairs import read_depth
 from data.transforms import BadSample, check_same_size
+from storage import walk
 
 # TUM's cameras aren't synchronised: its own tool pairs pictures less than this apart.
 TUM_MAX_SECONDS_APART = 0.02
@@ -67,7 +69,7 @@ def write_pairs(out, data_set, folder, reader):
         raise FileNotFoundError(f"--{data_set} {folder} is not a folder; give the data set's root.")
     count = 0
     for image_path, depth_m in tqdm(reader(folder), desc=data_set, unit="pair", file=sys.stderr):
-        image = read_rgb(image_path)
+        image = read_rgb(image_path, exif="auto", size=depth_m.shape)
         check_same_size(image_path, image, depth_m)
         name = data_set / image_path.relative_to(os.path.normpath(folder))
         files = (out / "rgb" / name).with_suffix(".png"), (out / "depth" / name).with_suffix(".npy")
@@ -85,10 +87,11 @@ def write_pairs(out, data_set, folder, reader):
 
 def tum(folder):
     """Depth is 1/5000 m; a picture goes with the depth map nearest in time."""
-    for rgb_folder in find(folder, "rgb"):
-        times = {float(path.stem): path for path in (rgb_folder.parent / "depth").glob("*.png")
-                 if is_number(path.stem)}
-        for image in sorted(path for path in rgb_folder.glob("*.png") if is_number(path.stem)):
+    for rgb_folder in sorted({path.parent for path in find(folder, "rgb/*.png")}):
+        times, images = ({float(path.stem): path for path in find(folder, "*.png")
+                          if path.parent == folder and is_number(path.stem)}
+                         for folder in (rgb_folder.parent / "depth", rgb_folder))
+        for image in images.values():
             nearest = min(times, key=lambda time: abs(time - float(image.stem)), default=np.inf)
             if abs(nearest - float(image.stem)) < TUM_MAX_SECONDS_APART:
                 yield image, read_depth(times[nearest], 5000)
@@ -161,8 +164,8 @@ def to_depth(disparity, calibration):
 
 
 def find(folder, pattern):
-    """Sorted, so that runs agree."""
-    return sorted(folder.rglob(pattern))
+    """The files below a folder whose last parts fit, sorted, so that runs agree."""
+    return sorted(folder / path for path in walk(folder) if PurePosixPath(path).match(pattern))
 
 
 def is_number(text):

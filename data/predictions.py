@@ -1,39 +1,67 @@
 """Saved predictions of any system, one file an image."""
 
 import hashlib
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from data.files import read_npy, read_png16
+from data.files import read_npy
+from data.images import read_png16
 from data.transforms import BadSample, kitti_crop
 
 SUFFIXES = (".npy", ".png")
+# What other systems call the prediction for NAME, by their own scripts: NAME itself comes first.
+FORMS = {
+    "NAME": lambda name: name,
+    "pred_NAME": lambda name: f"pred_{name}",  # Marigold and what is made from it
+    "pred_NAME without rgb_": lambda name: f"pred_{name.removeprefix('rgb_')}",
+    "NAME_pred": lambda name: f"{name}_pred",  # GeoWizard, Marigold's script for pictures
+}
+
+
+def find_prediction(folder, name):
+    """(file, form) of the prediction for a sample: the form is one of FORMS; (None, None) if none.
+
+    Under the form's name in the sample's folder; .npy before .png.
+    """
+    place = Path(folder) / name
+    for form, renamed in FORMS.items():
+        for suffix in SUFFIXES:
+            path = place.with_name(renamed(place.name) + suffix)
+            if path.exists():
+                return path, form
+    return None, None
 
 
 def state(folder, names):
-    """A digest of when the predictions for these names were last written, and of their sizes."""
-    digest = hashlib.sha256()
-    for path in (Path(folder) / f"{name}{suffix}" for name in names for suffix in SUFFIXES):
-        if path.exists():
+    """({form: count} of the predictions for these names that are there, a digest of their state).
+
+    The digest is of when they were last written and of their sizes.
+    """
+    digest, forms = hashlib.sha256(), Counter()
+    for name in names:
+        path, form = find_prediction(folder, name)
+        if path:
             found = path.stat()
-            digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+            digest.update(os.fsencode(f"{path} {found.st_size} {found.st_mtime_ns}\n"))
+            forms[form] += 1
+    return forms, digest.hexdigest()
 
 
 def read_prediction(folder, name, size, uncropped=None):
-    """FOLDER/NAME.npy, or else FOLDER/NAME.png of 16 bits -> float64 H,W, as stored.
+    """The prediction for a sample, a 16-bit .png or .npy -> float64 H,W, as stored.
 
     name: of the sample; size: height and width of its truth. uncropped: of the whole image, where
     the truth is KITTI's benchmark crop of it; a prediction of that size is cropped, too. Raises
     BadSample, naming the file, if it is missing, not readable, of another size or not finite.
     """
-    path = Path(folder) / f"{name}.npy"
-    picture = Path(folder) / f"{name}.png"
-    if picture.exists() and not path.exists():
-        path, pred = picture, read_png16(picture)
-    else:
-        pred = read_npy(path)
+    path, _ = find_prediction(folder, name)
+    if path is None:
+        raise BadSample(f"{Path(folder) / name}.npy is missing, and so are the names that other "
+                        f"systems give it ({', '.join(FORMS)}).")
+    pred = read_png16(path) if path.suffix == ".png" else read_npy(path)
     pred = pred.squeeze()
     if uncropped and pred.shape == tuple(uncropped):
         pred = pred[kitti_crop(pred.shape, size, path)]

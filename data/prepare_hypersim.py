@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import engine
 from data.chunks import read_ahead
-from data.files import beside, write_png
+from data.files import write_png
 from data.hypersim import PUBLISHED_COUNTS, SPLITS, Hypersim, are_present, depth_of
 from data.transforms import BadSample, FilteredSample
+from storage import whole
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def was_filtered(dropped, split, frame):
 
 
 def write_report(out, dropped):
-    with beside(out / REPORT) as temporary, open(temporary, "w", newline="") as file:
+    with whole(out / REPORT) as temporary, open(temporary, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         rows.writerows(key + dropped[key] for key in sorted(dropped))

@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from data.files import beside
+from storage import write_text
 
 PICTURES = "pictures"  # of the report: a folder
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
@@ -39,8 +39,8 @@ class Journal:
             csv.writer(line).writerow(self.columns)
         csv.writer(line).writerow(row.values())
         try:
-            with open(self.path, "a", newline="") as file:
-                file.write(line.getvalue())
+            with open(self.path, "ab") as file:
+                file.write(line.getvalue().encode(errors="surrogateescape"))
         except OSError as error:
             raise OSError(f"{self.path} can't be written ({error.strerror}): make room and give "
                           "the same command again (the scores so far are kept).") from error
@@ -67,7 +67,7 @@ def read_rows(path, columns):
     """The complete rows of a journal; what was cut off or holds no number is scored again."""
     if not path.exists():
         return {}
-    content = path.read_bytes().decode(errors="replace")
+    content = path.read_bytes().decode(errors="surrogateescape")
     whole = content[:content.rfind("\n") + 1]
     rows = [row for row in csv.reader(io.StringIO(whole, newline="")) if len(row) == len(columns)]
     rows = [dict(zip(columns, row)) for row in rows[1:]]
@@ -119,8 +119,3 @@ def read_settings(path):
 
 def write_metrics(out, results):
     write_text(Path(out) / METRICS, json.dumps(results, indent=1) + "\n")
-
-
-def write_text(path, content):
-    with beside(path) as temporary, open(temporary, "w", newline="") as file:
-        file.write(content)

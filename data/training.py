@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from itertools import chain, islice
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch.utils.data import Dataset
 
 from data.chunks import preflight, read_ahead
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
-from data.pairs import PAIRS_CSV, FolderOfPairs
+from data.pairs import PAIRS_CSV, FolderOfPairs, add_pair_options
 from data.sampler import draw_step, replacements, shuffled_index
 from data.transforms import (
     TARGETS, BadSample, FilteredSample, normalise_target, resize_antialias, resize_nearest,
 )
 from data.vkitti import TREES, VirtualKITTI, holds_scenes
+from storage import walk
 
 log = logging.getLogger(__name__)
 
@@ -136,33 +138,33 @@ def add_data_options(parser, side):
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--rgb-resize", choices=list(RGB_RESIZES), default="nearest-exact",
         help="antialias is the better one, nearest-exact the paper's (%(default)s)")
-    add("--depth-scale", type=float, default=1000.0,
-        help="of pairs in 16-bit PNG: units per metre (%(default)s)")
+    add_pair_options(add)
 
 
-def open_held_out(root, crop, depth_scale, say):
+def open_held_out(root, crop, pairs, say):
     """The reader of a data set's val split, or None, said, if it has none."""
     try:
-        return open_training_source(root, "val", depth_scale, crop)
+        return open_training_source(root, "val", crop, **pairs)
     except FileNotFoundError as error:
         say(f"No validation during training: {error}")
         return None
 
 
-def open_training_set(data, vkitti, size, crop=(352, 1216), depth_scale=1000.0,
-                      target="sqrt_disparity", seed=0, batch=32, rgb_resize="nearest-exact"):
+def open_training_set(data, vkitti, size, crop=(352, 1216), target="sqrt_disparity", seed=0,
+                      batch=32, rgb_resize="nearest-exact", **pairs):
     """The training set of `data`, or of Virtual KITTI 2, or of both mixed 9 to 1.
 
     data, vkitti: folders, one of which may be None; size: (h, w) that `data` is resized to; Virtual
-    KITTI 2 keeps the size of its crop.
+    KITTI 2 keeps the size of its crop. pairs: as for `open_training_source`.
     """
     sources, probabilities, sizes = [], [], []
     if data:
-        sources.append(open_training_source(data, "train", depth_scale, crop))
+        sources.append(open_training_source(data, "train", crop, **pairs))
         probabilities.append(0.9)
         sizes.append(size)
     if vkitti:
         sources.append(VirtualKITTI(vkitti, "train", crop))
+        sources[-1].exif = pairs.get("exif", "auto")
         probabilities.append(0.1)
         sizes.append(crop)
     return TrainingSet(sources, probabilities, sizes, target, seed, batch, rgb_resize)
@@ -200,36 +202,76 @@ def read_batches(training_set, sampler, workers, on_bad):
         yield batch
 
 
-def open_training_source(root, split="train", depth_scale=1000.0, crop=(352, 1216)):
+def open_training_source(root, split="train", crop=(352, 1216), **pairs):
     """The reader of the data set in a folder, told by what is in it.
 
-    depth_scale: for a folder of pairs; crop: for Virtual KITTI 2. A folder of pairs may hold
-    folders named train and val; otherwise all of it serves as every split.
+    crop: for Virtual KITTI 2; pairs: keywords of FolderOfPairs, of which `exif` holds for all. A
+    folder of pairs may hold folders named train and val; otherwise all of it serves as every split.
     Raises FileNotFoundError if the folder is missing, empty or nothing that is known.
     """
     root = Path(root)
+    check_folder(root)
+    kind = kind_of(root)
+    if kind in (Hypersim, ProcessedHypersim):
+        reader = kind(root, split)
+        check_usable(reader)
+    elif kind is VirtualKITTI:
+        reader = VirtualKITTI(root, split, crop)
+    elif kind is FolderOfPairs:
+        folder = root / split if any(holds_pairs(root / name) for name in SPLITS) else root
+        if folder == root and split != "train":
+            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
+        reader = FolderOfPairs(folder, **pairs)
+    else:
+        raise FileNotFoundError(unknown_data(root))
+    reader.exif = pairs.get("exif", "auto")
+    return reader
+
+
+def check_folder(root):
+    """FileNotFoundError if the root of a data set is no folder."""
+    if root.is_file():
+        raise FileNotFoundError(f"{root} is a file: unpack it if it is an archive, and give the "
+                                "folder.")
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; give the root of a data set.")
+
+
+def check_usable(reader):
+    """FileNotFoundError for raw Hypersim of which a kind of file was not downloaded."""
+    frames = getattr(reader, "frames", [])
+    if frames and len(reader.lacking) == len(frames):
+        raise FileNotFoundError(f"{reader.root}: none of its {len(frames)} frames has entity ids, "
+                                "which tell where an object is: download the files "
+                                f"frame.*.render_entity_id.hdf5, too, {reader.lacking[0]} first.")
+
+
+def kind_of(root):
+    """The class that reads the data set in a folder; None if it holds none that is known."""
     entries = sorted(entry.name for entry in root.iterdir())
-    if not entries:
-        raise FileNotFoundError(f"{root} is empty; give the root of a data set.")
     if holds_raw_hypersim(root, entries):
-        return Hypersim(root, split)
+        return Hypersim
     if holds_processed_hypersim(root, entries):
-        return ProcessedHypersim(root, split)
+        return ProcessedHypersim
     if any(holds_scenes(root / rgb_tree) for rgb_tree, _ in TREES):
-        return VirtualKITTI(root, split, crop)
-    if any(holds_pairs(root / name) for name in SPLITS):
-        return FolderOfPairs(root / split, depth_scale)
-    if holds_pairs(root):
-        if split != "train":
-            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
-        return FolderOfPairs(root, depth_scale)
-    raise FileNotFoundError(
-        f"{root} is no data set that is known; looked for raw Hypersim ({SPLIT_CSV} and "
-        "ai_VVV_NNN/images/), processed Hypersim (ai_VVV_NNN/rgb_cam_XX_frIIII.png, also under "
-        "train/ and val/), Virtual KITTI 2 (Scene01/, also under rgb/ and depth/) and a folder of "
-        f"pairs (rgb/ and depth/, or {PAIRS_CSV}).")
+        return VirtualKITTI
+    if any(holds_pairs(root / name) for name in ("", *SPLITS)):
+        return FolderOfPairs
+    return None
+
+
+def unknown_data(root):
+    """Says of a folder that it holds no known data set and, if it is near, where one is."""
+    near = [path for path in (root.absolute().parent, *sorted(root.iterdir()))
+            if path.is_dir() and os.access(path, os.R_OK) and kind_of(path)]
+    if near:
+        return f"{root} is no data set that is known, but {near[0]} is: give that."
+    if not any(root.iterdir()):
+        return f"{root} is empty; give the root of a data set."
+    return (f"{root} is no data set that is known; looked for raw Hypersim ({SPLIT_CSV} and "
+            "ai_VVV_NNN/images/), processed Hypersim (ai_VVV_NNN/rgb_cam_XX_frIIII.png, also under "
+            "train/ and val/), Virtual KITTI 2 (Scene01/, also under rgb/ and depth/) and a folder "
+            f"of pairs (rgb/ and depth/, or {PAIRS_CSV}).")
 
 
 def is_scene(name):
@@ -246,7 +288,7 @@ def holds_processed_hypersim(root, entries):
     folders = [root / name for name in entries if is_scene(name)]
     folders += [scene for split in SPLITS if (root / split).is_dir()
                 for scene in (root / split).iterdir() if is_scene(scene.name)]
-    return any(next(folder.glob("rgb_cam_*.png"), None) for folder in folders)
+    return any(re.match(r"rgb_cam_.*\.png", file) for folder in folders for file in walk(folder))
 
 
 def holds_pairs(root):

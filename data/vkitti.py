@@ -1,12 +1,14 @@
 """Virtual KITTI 2 (Cabon et al., arXiv 2001.10773): rendered streets with dense planar depth."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
-from data.files import read_png16, read_rgb
+from data.images import read_png16, read_rgb
 from data.transforms import check_same_size, kitti_crop, pack_sample
+from storage import walk
 
 SCENES = {"train": ("Scene02", "Scene06", "Scene18", "Scene20"), "val": ("Scene01",)}
 VARIANTS = ("15-deg-left", "15-deg-right", "clone", "morning", "overcast", "sunset")
@@ -21,6 +23,7 @@ class VirtualKITTI:
     """SceneSS/VARIANT/frames/{rgb,depth}/Camera_C; depth is uint16 centimetres, the sky 65535."""
 
     benchmark = "vkitti"  # in data/benchmarks.py
+    exif = "auto"  # as in data/files.py
 
     def __init__(self, root, split="train", crop=(352, 1216)):
         """crop: height and width of the part at the bottom centre that is kept (352x1216 is KITTI's
@@ -45,9 +48,10 @@ class VirtualKITTI:
 
     def __getitem__(self, i):
         """A sample, cropped; raises BadSample. The sky and all beyond 80 m is invalid."""
-        image = read_rgb(self.root / self.rgb_tree / self.images[i])
         depth_path = self.depth_path(i)
         depth_cm = read_png16(depth_path)
+        image = read_rgb(self.root / self.rgb_tree / self.images[i], exif=self.exif,
+                         size=depth_cm.shape)
         check_same_size(depth_path, depth_cm, image)
         rows, columns = kitti_crop(depth_cm.shape, self.crop, depth_path)
         depth_m = depth_cm[rows, columns].astype(np.float32) / 100
@@ -76,9 +80,8 @@ def list_images(tree, split):
     """Relative paths of the images of a split, sorted."""
     folders = [f"{scene}/{variant}/frames/rgb/{camera}" for scene in SCENES[split]
                for variant in VARIANTS for camera in CAMERAS]
-    images = [f"{folder}/{file}" for folder in folders if (tree / folder).is_dir()
-              for file in sorted(os.listdir(tree / folder))
-              if file.startswith("rgb_") and file.endswith(".jpg")]
+    images = [f"{folder}/{file}" for folder in folders for file in walk(tree / folder)
+              if re.fullmatch(r"rgb_[^/]*\.jpg", file)]
     if not images:
         raise FileNotFoundError(f"{tree} has no {split} image; looked for rgb_FFFFF.jpg in "
                                 f"{folders[0]} and the like.")

@@ -12,7 +12,8 @@ from typing import Callable
 import numpy as np
 
 from data.archives import open_tree
-from data.files import read_npy, read_png16, read_rgb
+from data.files import read_npy
+from data.images import read_png16, read_rgb
 from data.transforms import BadSample, check_same_size, kitti_crop, pack_sample
 
 KITTI_CROP = 352, 1216
@@ -42,9 +43,11 @@ class Layout:
 class ZeroShot:
     """One of the sets, by its name in LAYOUTS."""
 
+    exif = "auto"  # as in data/files.py
+
     def __init__(self, name, folder):
         """Raises FileNotFoundError if the folder holds no image with depth."""
-        self.layout = LAYOUTS[name]
+        self.set = name
         self.root = Path(folder)
         self.expected = self.layout.images
         self.tree = open_tree(folder, self.layout.tar)
@@ -52,6 +55,11 @@ class ZeroShot:
         if not self.pairs:
             raise FileNotFoundError(f"{self.tree.root} holds no image with depth of {name}: give "
                                     f"the folder with {self.layout.tar} or its content.")
+
+    @property
+    def layout(self):
+        """Not kept: its functions can't be sent to a process that reads."""
+        return LAYOUTS[self.set]
 
     def __len__(self):
         return len(self.pairs)
@@ -63,8 +71,9 @@ class ZeroShot:
         """A sample; raises BadSample. With `uncropped`, the image's size before a crop."""
         image_name, depth_name = self.pairs[i]
         place = self.tree.place(depth_name)
-        image = read_rgb(self.tree.place(image_name), self.tree.read(image_name))
         depth_m, mask = self.layout.read_depth(self.tree, depth_name)
+        image = read_rgb(self.tree.place(image_name), self.tree.read(image_name), self.exif,
+                         depth_m.shape)
         check_same_size(place, depth_m, image)
         uncropped = depth_m.shape
         if self.layout.crop:

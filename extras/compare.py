@@ -37,7 +37,8 @@ def read(folder):
     try:
         results = json.loads((folder / METRICS).read_text())
         images = {name: {} for name in results}
-        with open(folder / PER_IMAGE, newline="") as file:
+        with open(folder / PER_IMAGE, newline="", encoding="utf-8",
+                  errors="surrogateescape") as file:
             for row in csv.DictReader(file):
                 scores = {score: float(row[score]) for score in SHOWN}
                 images.setdefault(row["dataset"], {})[row["image"]] = scores

@@ -1,34 +1,13 @@
-"""Reads any photograph as 8-bit RGB, and puts a legend under a coloured depth map."""
+"""A coloured depth map with a legend, and PNG files that say what they hold."""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.files import FORMATS, beside
 from data.pictures import colourise, font_size, text_width, write
+from storage import whole
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MEANING = "square-root disparity up to scale and shift: 1 = near, 0 = far"
-
-
-def read_photograph(path):
-    """A picture file -> uint8 H,W,3, upright: turned as its EXIF orientation says.
-
-    Grey is repeated, transparency is dropped, 16 bits become 8, of several frames the first is
-    taken. Raises ValueError with the file's name and the reason.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16-bit grey
-                grey = (np.asarray(picture).clip(0, 65535) / 257).round()
-                picture = Image.fromarray(grey.astype(np.uint8))
-            elif picture.mode == "F":
-                raise ValueError("it holds floating-point numbers: save it as 8-bit RGB")
-            return np.array(picture.convert("RGB"))
-    except Exception as error:  # decoders raise anything: SyntaxError, struct.error, ...
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be used as a picture ({reason}).") from error
 
 
 def with_legend(near):
@@ -60,5 +39,5 @@ def write_described_png(path, array, description):
     """Writes uint8 H,W,3 or uint16 H,W as PNG with a text Description, whole or not at all."""
     info = PngInfo()
     info.add_text("Description", description)
-    with beside(path) as temporary:
+    with whole(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)

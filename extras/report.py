@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from data.benchmarks import BENCHMARKS
-from data.files import beside
 from data.pictures import ERROR_MAX, colourise, nearness
 from extras.table import describe_count
+from storage import whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_SIDE = 320  # of the pictures
@@ -88,7 +88,7 @@ def write_report(out):
                           (key, *column, factor_of(key)))) for key, column in COLUMNS.items()],
         brightest=f"{ERROR_MAX:.0%}")
     before, after = TEMPLATE.read_text(encoding="utf-8").split("{{data}}")
-    with beside(out / "report.html") as part, open(part, "w", encoding="utf-8") as file:
+    with whole(out / "report.html") as part, open(part, "w", encoding="utf-8") as file:
         file.write(before + as_json(page).removesuffix("}") + ', "images": [\n')
         for index, image in enumerate(images):  # one at a time: the pictures may be many
             pictures = read_pictures(out / "pictures" / image["dataset"] / image["image"])
@@ -145,7 +145,7 @@ def read_results(path):
 def read_images(path):
     """per_image.csv -> [{dataset, image, score: number}]."""
     check_there(path)
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     try:
         images = [{"dataset": row["dataset"], "image": row["image"],

@@ -6,6 +6,7 @@ The small models in weights/, and scenes that are rendered into miniature/scenes
 from pathlib import Path
 
 import engine
+from data.training import check_folder
 from miniature import render
 from nets import checkpoint
 from nets.depthmaster import KINDS
@@ -41,8 +42,8 @@ def training_data(data, vkitti):
     FileNotFoundError if a folder that was given is not there.
     """
     for folder in (data, vkitti):
-        if folder and not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; give the root of a data set.")
+        if folder:
+            check_folder(folder)
     if data and not vkitti:
         engine.say("No --vkitti: every sample comes from --data.")
     if data or vkitti:

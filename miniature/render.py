@@ -17,11 +17,11 @@ import imageio.v3 as iio
 import numpy as np
 from tqdm import tqdm
 
-from data.files import beside
 from miniature.builder import CLASSES
 from miniature.rooms import room_camera, room_scene
 from miniature.shading import render
 from miniature.streets import street_camera, street_scene
+from storage import whole
 
 __all__ = ["CLASSES", "ensure", "render_room", "render_street"]
 
@@ -133,7 +133,7 @@ def _write_room(folder, split, k):
     drawn = render_room(split, *divmod(k, FRAMES_PER_ROOM[split]))
     for name, path in _room_files(folder, split, k).items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path) as temporary, h5py.File(temporary, "w") as file:
+        with whole(path) as temporary, h5py.File(temporary, "w") as file:
             file.create_dataset("dataset", data=drawn[name], compression=1, shuffle=True)
 
 
@@ -146,7 +146,7 @@ def _write_split_table(folder):
         split = "val" if volume >= FIRST_VOLUME["val"] else "train"
         rows.append((scene, "cam_00", frame, True, "", split))
     folder.mkdir(parents=True, exist_ok=True)
-    with beside(folder / SPLIT_TABLE) as temporary, open(temporary, "w", newline="") as file:
+    with whole(folder / SPLIT_TABLE) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
 
 
@@ -176,7 +176,7 @@ def _write_street(folder, split, k):
 
 def _write_picture(path, picture, options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path) as temporary:
+    with whole(path) as temporary:
         iio.imwrite(temporary, picture, extension=path.suffix, **options)
 
 

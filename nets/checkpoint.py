@@ -8,10 +8,13 @@ runs write equal bytes.
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from storage import first_bytes, stand_in, whole
 
 FORMAT = 1
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
@@ -30,19 +33,13 @@ PIECE = 1 << 17  # numbers that are converted and rearranged while they are in t
 
 
 def save(path, tensors, header):
-    """Writes {name: tensor} and the header; beside first, then renamed, so never half a file."""
+    """Writes {name: tensor} and the header, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     # One key: the library writes several in random order, and equal models must be equal bytes.
     metadata = {KEY: json.dumps({"format": FORMAT, **header}, sort_keys=True)}
-    try:
+    with whole(path, lasting=True) as temporary:
         write_tensors(temporary, tensors, metadata)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path, tensors, metadata):
@@ -64,22 +61,16 @@ def write_tensors(path, tensors, metadata):
         for name in names:
             values = tensors[name].detach().cpu().contiguous()
             file.write(values.flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_header(path, kinds=tuple(MADE_BY)):
     """The header of a model file. ValueError if it is no such file or of another kind."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: give a model file that convert_sd2.py or "
-                                "a trainer wrote.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable .safetensors file ({error}): "
-                         "convert or copy it again.") from None
+        raise FileNotFoundError(f"{path} {what_is_there(path)}: give a model file that "
+                                "convert_sd2.py or a trainer wrote.")
+    with open_weights(path) as file:
+        metadata = file.metadata() or {}
     if KEY not in metadata:
         raise ValueError(f"{path} is not a model file of this project: convert it first "
                          f"(python convert_sd2.py {path}).")
@@ -92,6 +83,31 @@ def read_header(path, kinds=tuple(MADE_BY)):
         raise ValueError(f"{path} holds a {header['kind']} model, but what is needed here is "
                          f"{wanted}.")
     return header
+
+
+@contextmanager
+def open_weights(path, device="cpu"):
+    """A .safetensors file, opened by its library: what it holds is mapped, not read.
+
+    ValueError that says what the file is if it is none.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        what = stand_in(first_bytes(path))
+        raise ValueError(f"{path} {what}." if what else f"{path} is not a readable .safetensors "
+                         f"file ({error}): download, copy or convert it again.") from None
+
+
+def what_is_there(path):
+    """Why there is no model file at a path, for messages."""
+    if not path.is_dir():
+        return "is not there"
+    inside = path / "model.safetensors"
+    if (path / "unet").is_dir() or (path / "vae").is_dir():
+        return f"is a folder of diffusers (bring it here with python convert_sd2.py {path})"
+    return f"is a folder (the model in it is {inside})" if inside.is_file() else "is a folder"
 
 
 def parsed(text, path):
@@ -142,7 +158,7 @@ def build(constructor, config, path, device="cpu", dtype=None):
         raise ValueError(f"{path} describes a model that can't be built ({error}): convert or copy "
                          "it again.") from error
     expected = module.state_dict()
-    with safe_open(path, framework="pt") as file:
+    with open_weights(path) as file:
         names = file.keys()
     if set(names) != set(expected):
         odd = sorted(set(names) ^ set(expected))
@@ -166,7 +182,7 @@ def read_tensors(path, names, device, dtype):
     tensors, names = {}, list(reversed(names))
     with open(path, "rb") as first:
         while names:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with open_weights(path, device) as file:
                 if not os.path.samestat(os.fstat(first.fileno()), os.stat(path)):
                     raise ValueError(f"{path} was replaced while it was read: open it again.")
                 bytes_read = 0

@@ -72,6 +72,17 @@ class DepthMaster(nn.Module):
                       licence=self.licence)
         checkpoint.save(path, tensors, header)
 
+    def is_saved(self, path):
+        """Whether a file can be read and has the weights of this model."""
+        expected = self.state_dict()
+        try:
+            with checkpoint.open_weights(path) as file:
+                return set(file.keys()) == expected.keys() and all(
+                    torch.equal(file.get_tensor(name), tensor.cpu())
+                    for name, tensor in expected.items())
+        except (OSError, ValueError):
+            return False
+
     def for_inference(self, device="cpu", precision="auto", timesteps=(1,)):
         """Makes the model fast, and unfit for training and saving; returns it.
 

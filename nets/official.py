@@ -17,7 +17,7 @@ from nets.dinov2 import DINOv2
 from nets.sizes import sizes
 from nets.text import TextEncoder
 from nets.unet import UNet
-from nets.untrusted import read_pickle, read_settings, read_tensors, weights_file
+from nets.untrusted import files_of, read_pickle, read_settings, read_tensors, weights_file
 from nets.vae import AutoencoderKL
 
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder, "dinov2": DINOv2}
@@ -29,7 +29,8 @@ ADAPTER_NAMES = {f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight",
 TEXT_EXTRAS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale|attn_mask"
 SINGLE_FILE_EXTRAS = (r"model_ema\..*|betas|alphas_cumprod(_prev)?|posterior_.*|logvar|sqrt_.*"
                       r"|log_one_minus_alphas_cumprod|lvlb_weights")
-DEPTH_ANYTHING_EXTRAS = r"depth_head\..*"
+DEPTH_ANYTHING_EXTRAS = r"(depth_head|neck|head)\..*"
+UNUSED = {"mask_token"}  # of DINOv2's tensors: only its training asked for it; some files lack it
 SD2_LICENCE = "CreativeML Open RAIL++-M (Stable Diffusion 2)"
 DEPTHMASTER_LICENCE = f"{SD2_LICENCE}, trained on by DepthMaster's authors: see their page"
 
@@ -94,11 +95,14 @@ def fit(part, dtype=torch.float32):
     expected.pop("text_embedding", None)  # a constant of ours, filled later
     wanted = {name: layouts.their_names(name, layout) for name in expected}
     unknown = [name for name in part.tensors if ours[name] not in expected]
-    missing = [name for names in wanted.values() for name in names if name not in part.tensors]
+    missing = [name for our, names in wanted.items() if our not in UNUSED
+               for name in names if name not in part.tensors]
     if unknown or missing:
         raise mismatch(part.origin, unknown, missing)
-    return found, {name: brought(part, names, expected[name].shape, dtype)
-                   for name, names in wanted.items()}
+    tensors = {name: brought(part, names, expected[name].shape, dtype)
+               for name, names in wanted.items() if names[0] in part.tensors}
+    return found, tensors | {name: torch.zeros(expected[name].shape, dtype=dtype)
+                             for name in UNUSED & wanted.keys() - tensors.keys()}
 
 
 def mismatch(origin, unknown=(), missing=()):
@@ -150,27 +154,65 @@ def open_source(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: give a local file or folder of Stable "
                                 "Diffusion 2 or DINOv2.")
-    if (path / "unet").is_dir() or (path / "vae").is_dir():
+    path = within(path)
+    if holds_networks(path):
         return open_diffusers(path)
+    if path.is_dir() and any(path.glob("diffusion_pytorch_model*")):
+        raise ValueError(one_of_three(path))
     file = weights_file(path, "model", "pytorch_model") if path.is_dir() else path
     tensors = read_tensors(file)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return open_single_file(file, tensors)
     if any(name.endswith(("pos_embed", "embeddings.position_embeddings")) for name in tensors):
         return open_dinov2(file, tensors)
-    if any(name.startswith(("down_blocks.", "encoder.down_blocks.")) for name in tensors):
-        raise ValueError(f"{path} is one network of three: give the folder that holds unet/, vae/ "
-                         "and text_encoder/.")
+    if any(name.startswith(("down_blocks.", "encoder.down_blocks.", "text_model."))
+           for name in tensors):
+        raise ValueError(one_of_three(path))
     raise ValueError(f"{path} is neither Stable Diffusion 2 nor DINOv2 (its first tensor is "
                      f"{min(tensors, default='missing')}); {likely_cause(tensors)}.")
 
 
+def holds_networks(folder):
+    return any((folder / name).is_dir() for name in ("unet", "unet_ema", "vae"))
+
+
+def within(path):
+    """The folder that is meant by one around it: a snapshot of the hub's cache, or what it holds.
+
+    ValueError if it could be several.
+    """
+    if not path.is_dir() or holds_networks(path):
+        return path
+    inside = sorted(each for each in (path / "snapshots").glob("*") if each.is_dir())
+    main = path / "refs" / "main"
+    if main.is_file() and (path / "snapshots" / main.read_text().strip()) in inside:
+        return path / "snapshots" / main.read_text().strip()
+    inside = inside or sorted(each for each in path.glob("*") if each.is_dir()
+                              and holds_networks(each))
+    if len(inside) > 1:
+        raise ValueError(f"{path} holds {len(inside)} models: give one of them, {inside[0]} or "
+                         "another.")
+    return inside[0] if inside else path
+
+
+def one_of_three(path):
+    """Says of a file or folder that it is one network of a model, and where that is."""
+    above = [each for each in path.absolute().parents[:2] if holds_networks(each)]
+    return (f"{path} is one network of three: give "
+            + (f"{above[0]}, the folder above." if above else
+               "the folder that holds unet/, vae/ and text_encoder/."))
+
+
 def open_diffusers(folder):
-    """unet/, vae/ and text_encoder/ (or, in a folder that we wrote, the text's constant)."""
+    """unet/, vae/ and text_encoder/ (or, in a folder that we wrote, the text's constant).
+
+    Where a trainer saved only the mean of the U-Net's weights (unet_ema/), it is that.
+    """
     parts, files, ignored = {}, {}, []
     exported = folder / TEXT_CONSTANT
     exported = exported if exported.is_file() else None
-    for net, name in (("unet", "unet"), ("vae", "vae"), ("text", "text_encoder")):
+    unet = "unet" if (folder / "unet").is_dir() else "unet_ema"
+    for net, name in (("unet", unet), ("vae", "vae"), ("text", "text_encoder")):
         if net == "text" and (exported or not (folder / name).is_dir()):
             continue
         stems = ("model", "pytorch_model") if net == "text" else ("diffusion_pytorch_model",)
@@ -179,7 +221,8 @@ def open_diffusers(folder):
                                     "text_encoder/ of its Stable Diffusion 2 beside it.")
         file = weights_file(folder / name, *stems)
         origin = f"{name}/{file.name}"
-        tensors, files[origin] = read_tensors(file), file
+        tensors = read_tensors(file)
+        files |= {f"{name}/{each.name}": each for each in files_of(file)}
         if net == "text":
             tensors = without(stripped(tensors, "text_model.", file), TEXT_EXTRAS, ignored)
         parts[net] = Part(net, origin, tensors, read_settings(file))
@@ -234,19 +277,26 @@ def unused_blocks(names):
 
 
 def open_dinov2(file, tensors):
-    """DINOv2 as published by its authors, by Hugging Face, or inside Depth-Anything-V2."""
-    ignored = []
+    """DINOv2 as published by its authors, by Hugging Face, or inside Depth-Anything-V2.
+
+    The last as its authors publish it, or as transformers does (backbone.*, neck.*, head.*).
+    """
+    ignored, settings = [], {}
     licence, layout = "Apache-2.0 (DINOv2)", "the authors' file"
-    settings = {}
-    if "embeddings.position_embeddings" in tensors:
+    prefix = next((prefix for prefix in ("pretrained.", "backbone.")
+                   if any(name.startswith(prefix) for name in tensors)), None)
+    if any(name.endswith("embeddings.position_embeddings") for name in tensors):
         layout, settings = "Hugging Face's file", read_settings(file)
-    elif "pretrained.pos_embed" in tensors:
+    if prefix:
         layout = "the encoder of Depth-Anything-V2"
-        tensors = stripped(without(tensors, DEPTH_ANYTHING_EXTRAS, ignored), "pretrained.", file)
-        small = tuple(tensors["pos_embed"].shape[-1:]) <= (384,)
+        settings = settings.get("backbone_config") or {}
+        tensors = stripped(without(tensors, DEPTH_ANYTHING_EXTRAS, ignored), prefix, file)
+        table = tensors.get("pos_embed", tensors.get("embeddings.position_embeddings"))
+        small = table is not None and tuple(table.shape[-1:]) <= (384,)
         licence = f"{'Apache-2.0' if small else 'CC-BY-NC-4.0'} (Depth-Anything-V2)"
     part = Part("dinov2", file.name, tensors, settings)
-    return Source("dinov2", layout, {"dinov2": part}, {file.name: file}, licence, ignored)
+    files = {each.name: each for each in files_of(file)}
+    return Source("dinov2", layout, {"dinov2": part}, files, licence, ignored)
 
 
 def without(tensors, pattern, ignored):

@@ -8,22 +8,26 @@ import json
 import re
 import warnings
 import zipfile
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from nets import checkpoint
-
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+from storage import first_bytes, stand_in
 
 
 def weights_file(folder, *stems):
-    """The weights in a folder: full precision before half, .safetensors before .bin."""
+    """The weights in a folder: full precision before half, .safetensors before .bin.
+
+    Of weights in several files it is their index (.index.json).
+    """
     for variant in ("", ".fp16"):
         for ending in (".safetensors", ".bin"):
             for stem in stems:
-                if (folder / f"{stem}{variant}{ending}").is_file():
-                    return folder / f"{stem}{variant}{ending}"
+                for name in (f"{stem}{variant}{ending}", f"{stem}{variant}{ending}.index.json",
+                             f"{stem}{ending}.index{variant}.json"):
+                    if (folder / name).is_file():
+                        return folder / name
     raise FileNotFoundError(f"{folder} holds no {' or '.join(stems)} (.safetensors or .bin): give "
                             "the folder of a whole model, completely downloaded.")
 
@@ -41,22 +45,54 @@ def read_settings(file):
 
 
 def read_tensors(file):
-    """{name: tensor} of a .safetensors file or a pickle of weights."""
-    if file.suffix in PICKLES:
+    """{name: tensor} of a file of weights, told by its content, or of all those of an index."""
+    if file.suffix == ".json":
+        return read_shards(file)
+    head = first_bytes(file)
+    if what := stand_in(head):
+        raise ValueError(f"{file} {what}.")
+    if head[8:9] != b"{":  # of safetensors it is the header's first byte, after its length
         return read_pickle(file)
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file} has none of the endings .safetensors {' '.join(PICKLES)}: unpack "
-                         "it if it is an archive, else take another file.")
+    with checkpoint.open_weights(file) as opened:
+        if checkpoint.KEY in (opened.metadata() or {}):
+            raise ValueError(f"{file} is a model file of this project already: use it as it is, or "
+                             "add --export diffusers.")
+        return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def shards(index):
+    """{file name: names of its tensors} of an index; ValueError if it is damaged."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            ours = checkpoint.KEY in (opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable .safetensors file ({error}): download it "
-                         "again.") from None
-    if ours:
-        raise ValueError(f"{file} is a model file of this project already: use it as it is, or "
-                         "add --export diffusers.")
+        table = json.loads(index.read_text())["weight_map"]
+        if not table or not all(name == Path(name).name for name in table.values()):
+            raise ValueError("it names no files beside it")
+        found = {name: set() for name in sorted(table.values())}
+        for tensor, name in table.items():
+            found[name].add(tensor)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights ({error}): download it again.") from None
+    return found
+
+
+def files_of(file):
+    """The files that a file of weights stands for: itself and, of an index, the others."""
+    return [file, *map(file.with_name, shards(file))] if file.suffix == ".json" else [file]
+
+
+def read_shards(index):
+    """{name: tensor} of all the files of an index; each has to hold what the index says."""
+    tensors = {}
+    for name, expected in shards(index).items():
+        file = index.with_name(name)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, one of the files that {index.name} lists: "
+                                    "download it, too.")
+        found = read_tensors(file)
+        odd = sorted(found.keys() ^ expected)
+        if odd:
+            raise ValueError(f"{file} does not hold what {index.name} says: {len(odd)} tensors are "
+                             f"missing or too many, {odd[0]} first: download both again.")
+        tensors |= found
     return tensors
 
 
@@ -74,9 +110,14 @@ def read_pickle(file):
                              f"({code[1]}) when it is opened; take the .safetensors file or one "
                              "with nothing but weights.") from None
         raise ValueError(f"{file} is not a readable file of PyTorch weights: it is damaged or "
-                         "something else, so download it again.") from None
+                         "something else, so download it again (or unpack it, if it is an "
+                         "archive).") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
+    if isinstance(content, dict) and isinstance(content.get("teacher"), dict):
+        raise ValueError(f"{file} is a checkpoint of DINOv2's training (its teacher among others), "
+                         "not an encoder alone: take the published file, such as "
+                         "dinov2_vitg14_pretrain.pth.")
     if not isinstance(content, dict) or not all(
             isinstance(name, str) and plain(tensor) for name, tensor in content.items()):
         raise ValueError(f"{file} does not hold a plain table of named tensors: take the file with "

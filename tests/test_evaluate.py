@@ -529,7 +529,7 @@ def test_mistakes_are_one_sentence(world, ckpt, monkeypatch, capsys):
         (["--ckpt", ckpt, "--data", world / "nowhere", "--datasets", "pairs"], "nowhere"),
         (["--ckpt", ckpt, "--datasets", "pairs"], "--datasets pairs needs --data"),
         (["--ckpt", ckpt, "--data", world / "root", "--datasets", "pairs", "vkitti"],
-         "root/vkitti is not there"),
+         "root/vkitti is not there as a folder"),
         (["--ckpt", ckpt, "--data", world / "root", "--datasets", "hypersim"],
          "metadata_images_split_scene_v1.csv is missing"),
     ]:

@@ -6,7 +6,8 @@ import resource
 import numpy as np
 import pytest
 
-from data.files import beside, read_npy, write_npy, write_png
+from data.files import read_npy, write_npy, write_png
+from storage import whole
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def test_without_room_the_old_file_stays(tmp_path, write, name, array):
 
 
 def test_what_fails_while_a_file_is_written_is_not_hidden(tmp_path):
-    with pytest.raises(ZeroDivisionError), beside(tmp_path / "file") as temporary:
+    with pytest.raises(ZeroDivisionError), whole(tmp_path / "file") as temporary:
         temporary.write_text("half")
         1 / 0
     assert not list(tmp_path.iterdir())

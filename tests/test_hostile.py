@@ -23,10 +23,10 @@ from convert_sd2 import convert
 from data import files
 from data.archives import Folder, Tar
 from data.hypersim import Hypersim
+from data.images import read_picture, read_png16, read_rgb
 from data.pairs import FolderOfPairs, read_depth
 from data.transforms import BadSample
 from data.zeroshot import ZeroShot
-from extras.pictures import read_photograph
 from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.official import open_source
@@ -66,8 +66,8 @@ def png_of(width, height):
 
 def test_a_picture_that_claims_a_huge_size(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_of(200_000, 200_000))
-    with pytest.raises(BadSample, match="bomb.png can't be read"):
-        files.read_rgb(tmp_path / "bomb.png")
+    with pytest.raises(BadSample, match="bomb.png can't be read: it has more than 178,956,970 p"):
+        read_rgb(tmp_path / "bomb.png")
 
 
 def test_an_hdf5_that_unpacks_to_a_huge_size(tmp_path):
@@ -150,24 +150,20 @@ def test_a_picture_that_would_start_a_program(tmp_path, monkeypatch):
     (tmp_path / "photo.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
                                          b"%%EndComments\nshowpage\n")
     with pytest.raises(BadSample, match="cannot identify"):
-        files.read_rgb(tmp_path / "photo.png")
+        read_rgb(tmp_path / "photo.png")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
 def test_a_picture_of_many_frames(tmp_path, kind):
     first, *rest = (Image.new("RGB", (9, 9), (shade, 0, 0)) for shade in range(50))
     first.save(tmp_path / "many.png", format=kind, save_all=True, append_images=rest)
-    if kind == "PNG":
-        assert files.read_rgb(tmp_path / "many.png").shape == (9, 9, 3)
-    else:
-        with pytest.raises(BadSample, match="cannot identify"):
-            files.read_rgb(tmp_path / "many.png")
+    assert np.array_equal(read_rgb(tmp_path / "many.png"), np.zeros((9, 9, 3)))  # the first
 
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.npy").symlink_to("/dev/zero")
-    for read, name in ((files.read_rgb, "pipe.png"), (read_depth, "endless.npy")):
+    for read, name in ((read_rgb, "pipe.png"), (read_depth, "endless.npy")):
         with pytest.raises(BadSample, match=f"{name} is not a file"):
             read(tmp_path / name)
 
@@ -373,7 +369,7 @@ def written(kind, path):
     return path
 
 
-READERS = {"png": files.read_png16, "jpg": files.read_rgb, "npy": read_depth, "npz": read_depth,
+READERS = {"png": read_png16, "jpg": read_rgb, "npy": read_depth, "npz": read_depth,
            "hdf5": files.read_hdf5, "pfm": read_depth}
 
 
@@ -477,7 +473,7 @@ def test_a_member_larger_than_any_map_is_not_read(tmp_path, monkeypatch):
             tree.read("a.npy")
 
 
-@pytest.mark.parametrize("read", [read_photograph, files.read_rgb])
+@pytest.mark.parametrize("read", [read_rgb, read_picture])
 def test_a_picture_that_is_a_program_is_not_run(tmp_path, read):
     """PostScript, for which Pillow starts Ghostscript."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")

@@ -11,9 +11,11 @@ from hypersim_files import (
     write_frame, write_hdf5, write_split_csv,
 )
 
+from data.benchmarks import open_benchmark
 from data.files import read_hdf5, read_table
 from data.hypersim import SPLIT_CSV, Hypersim, ProcessedHypersim, tone_map
 from data.hypersim_geometry import planar_depth, planar_per_distance, read_cameras
+from data.training import open_training_source
 from data.transforms import BadSample, FilteredSample
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "hypersim"
@@ -427,3 +429,17 @@ def test_processed_bad_files(tmp_path, caplog):
     depth.unlink()
     assert len(ProcessedHypersim(tmp_path, "train")) == 2
     assert "1 of 3 images have no depth map" in caplog.text
+
+
+def test_frames_without_entity_ids_are_said_at_the_start(tmp_path, caplog):
+    """With the previews alone, as some download them, no sample can be made."""
+    write_data_set(tmp_path, train=3)
+    frame_path(tmp_path, "ai_001_001", 0, "render_entity_id").unlink()
+    assert len(open_training_source(tmp_path, "train")) == 3
+    assert "1 of 3 frames have no entity ids" in caplog.text
+    for path in tmp_path.rglob("*.render_entity_id.hdf5"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="download the files.*render_entity_id.hdf5"):
+        open_training_source(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="download the files.*render_entity_id.hdf5"):
+        open_benchmark("hypersim", tmp_path)

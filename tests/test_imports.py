@@ -17,6 +17,7 @@ ALLOWED = {
     "data": {"data"},
     "metrics": {"data"},
     "engine": set(),
+    "storage": set(),
     "run_folder": {"engine"},
     "progress": {"engine"},
     "validation": {"data", "metrics", "engine"},
@@ -57,7 +58,7 @@ def test_arrows(path):
         assert names & PACKAGES <= ALLOWED[part]
     if part in ("nets", "losses"):
         libraries = {"torch", "numpy", "einops", "safetensors"}
-        assert names <= {part} | libraries | sys.stdlib_module_names
+        assert names <= {part, "storage"} | libraries | sys.stdlib_module_names
 
 
 def test_core_does_not_import_extras():

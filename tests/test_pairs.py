@@ -4,7 +4,9 @@ import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from PIL import Image
 
+from data.chunks import preflight
 from data.pairs import FolderOfPairs, read_depth
 from data.transforms import BadSample
 
@@ -127,9 +129,8 @@ def test_grey_and_transparent_images(tmp_path):
     for image in (grey, np.stack([grey] * 3 + [255 - grey], axis=-1)):
         iio.imwrite(tmp_path / "rgb/a.png", image)
         assert np.array_equal(FolderOfPairs(tmp_path)[0]["image"].numpy(), np.stack([grey] * 3))
-    iio.imwrite(tmp_path / "rgb/a.png", grey.astype(np.uint16))
-    with pytest.raises(BadSample, match="a.png is a picture of uint16"):
-        FolderOfPairs(tmp_path)[0]
+    iio.imwrite(tmp_path / "rgb/a.png", grey.astype(np.uint16) * 257 * 7)  # of 16 bits
+    assert np.array_equal(FolderOfPairs(tmp_path)[0]["image"].numpy(), np.stack([grey * 7] * 3))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".npz", ".pfm", ".hdf5"])
@@ -185,3 +186,136 @@ def test_wrong_roots(tmp_path):
         FolderOfPairs(tmp_path)
     with pytest.raises(ValueError, match="depth scale is 0"):
         FolderOfPairs(tmp_path, 0)
+
+
+# ---- what people really have ----
+
+
+def write_pair(root, name, depth_m=None):
+    write_image(root / f"rgb/{name}.png")
+    write_depth(root / f"depth/{name}.npy", depth_map() if depth_m is None else depth_m)
+
+
+@pytest.mark.parametrize("number", [1e10, 65504, 65.535])
+def test_no_depth_that_is_a_number_is_said_and_can_be_left_out(number, tmp_path, caplog):
+    depth_m = depth_map()
+    depth_m[:, :2] = number
+    for name in ("a", "b"):
+        write_pair(tmp_path, name, depth_m)
+    reader = FolderOfPairs(tmp_path)
+    assert "29% of the pixels have one and the same depth" in reader[0]["doubt"]
+    assert reader[1]["doubt"] and caplog.text.count("--max-depth") == 1  # once for all
+    limited = FolderOfPairs(tmp_path, max_depth=20)[0]
+    assert limited["doubt"] is None and not limited["valid"][0, :, :2].any()
+    assert limited["valid"][0, :, 2:].all()
+
+
+def test_millimetres_in_a_file_of_floats_are_said(tmp_path, caplog):
+    write_pair(tmp_path, "a", depth_map() * 1000)
+    assert "most depths are beyond 1 km" in FolderOfPairs(tmp_path)[0]["doubt"]
+    assert "millimetres" in caplog.text
+
+
+@pytest.mark.parametrize("depth_m", [
+    depth_map(), depth_map() * 100, np.minimum(np.linspace(1, 20, 35).reshape(SHAPE), 12),
+    np.full(SHAPE, 3.0)])
+def test_other_maps_are_not_doubted(depth_m, tmp_path, caplog):
+    """Nor is one that ends in a wall, or that a sensor cuts off where depth goes on."""
+    write_pair(tmp_path, "a", depth_m.astype(np.float32))
+    assert FolderOfPairs(tmp_path)[0]["doubt"] is None or depth_m.max() == 12
+    assert "one and the same" not in caplog.text or depth_m.max() == 12
+
+
+def test_preflight_lists_what_is_doubtful(tmp_path):
+    depth_m = depth_map()
+    depth_m[:, :2] = 65504
+    write_pair(tmp_path, "a", depth_m)
+    write_pair(tmp_path, "b")
+    lines = []
+    preflight({"pairs": FolderOfPairs(tmp_path)}, 0, lines.append)
+    assert lines[0].endswith("2 samples, 0 bad, 0 left out by the filter, 1 doubtful")
+    assert lines[1].startswith("  rgb/a: 29% of the pixels") and len(lines) == 2
+
+
+def test_linked_folders_hold_pairs(tmp_path):
+    write_pair(tmp_path / "elsewhere", "a")
+    for kind in ("rgb", "depth"):
+        (tmp_path / "root" / kind).mkdir(parents=True)
+        (tmp_path / "root" / kind / "scene1").symlink_to(tmp_path / "elsewhere" / kind)
+        (tmp_path / "root" / kind / "loop").symlink_to(tmp_path / "root" / kind)
+    reader = FolderOfPairs(tmp_path / "root")
+    assert [reader.name(i) for i in range(len(reader))] == ["rgb/scene1/a"] and reader[0]
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
+    write_pair(tmp_path, "a")
+    for name in ("rgb/._a.png", "depth/._a.npy", "rgb/.DS_Store"):  # not these
+        (tmp_path / name).write_bytes(b"x")
+    reader = FolderOfPairs(tmp_path)
+    assert len(reader) == 1 and caplog.text == ""
+    for name in ("rgb/b.mov", "rgb/c.mov", "depth/d.exr"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(FolderOfPairs(tmp_path)) == 1
+    assert "3 files are of no kind that is read here" in caplog.text
+    assert "rgb/b.mov" in caplog.text and ".mov 2, .exr 1" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "mpo", "avif", "gif", "webp", "bmp", "tif"])
+def test_pictures_of_all_kinds(suffix, tmp_path):
+    write_pair(tmp_path, "a")
+    picture = Image.open(tmp_path / "rgb/a.png")
+    kind = {"jfif": "JPEG", "jpe": "JPEG", "mpo": "MPO"}.get(suffix)
+    picture.save(tmp_path / f"rgb/a.{suffix}", format=kind)
+    (tmp_path / "rgb/a.png").unlink()
+    assert FolderOfPairs(tmp_path)[0]["image"].shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffimage,depth\nrgb/a.png,depth/a.npy\n", "image, depth\nrgb/a.png, depth/a.npy\n",
+    "image ,depth \n rgb/a.png , depth/a.npy \n", "image;depth\r\nrgb/a.png;depth/a.npy\r\n",
+    "\ufeffimage\tdepth\nrgb/a.png\tdepth/a.npy\n", "depth,image\ndepth/a.npy,rgb/a.png\n",
+    '"image","depth"\n"rgb/a.png","depth/a.npy"\n'])
+def test_tables_as_spreadsheets_write_them(text, tmp_path):
+    write_pair(tmp_path, "a")
+    (tmp_path / "pairs.csv").write_text(text, encoding="utf-8")
+    assert FolderOfPairs(tmp_path)[0]["name"] == "rgb/a"
+
+
+def test_a_backslash_and_another_encoding_are_named(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,depth\nrgb\\a.png,depth\\a.npy\n")
+    with pytest.raises(ValueError, match=r"line 2: 'rgb\\a.png' has a backslash: write paths"):
+        FolderOfPairs(tmp_path)
+    (tmp_path / "pairs.csv").write_text("image,depth\na.png,a.npy\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="pairs.csv is not a table.*UTF-8"):
+        FolderOfPairs(tmp_path)
+
+
+def test_depth_in_other_shapes_and_formats(tmp_path):
+    for values in (depth_map()[None], depth_map()[..., None]):
+        np.save(tmp_path / "a.npy", values)
+        np.testing.assert_array_equal(read_depth(tmp_path / "a.npy"), depth_map())
+    np.save(tmp_path / "a.npy", np.stack([depth_map()] * 2))
+    with pytest.raises(BadSample, match="not a depth map H,W"):
+        read_depth(tmp_path / "a.npy")
+    Image.fromarray(depth_map()).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_depth(tmp_path / "a.tif"), depth_map())
+    Image.fromarray((depth_map() * 1000).round().astype(np.uint16)).save(tmp_path / "b.tiff")
+    np.testing.assert_allclose(read_depth(tmp_path / "b.tiff"), depth_map(), rtol=1e-6)
+
+
+def test_depth_in_jpeg_is_refused_as_lossy(tmp_path):
+    write_image(tmp_path / "rgb/a.png")
+    write_image(tmp_path / "depth/a.jpg")
+    with pytest.raises(ValueError, match="a.jpg is a JPEG, which does not keep depth"):
+        FolderOfPairs(tmp_path)
+    (tmp_path / "pairs.csv").write_text("image,depth\nrgb/a.png,depth/a.jpg\n")
+    with pytest.raises(BadSample, match="a.jpg is a JPEG, which does not keep depth"):
+        FolderOfPairs(tmp_path)[0]
+
+
+def test_depth_of_another_size_is_resized_where_it_is_asked_for(tmp_path):
+    write_pair(tmp_path, "a", np.repeat(np.repeat(depth_map(), 2, 0), 2, 1))
+    with pytest.raises(BadSample, match="is 10x14, but its counterpart is 5x7.*--resize-depth n"):
+        FolderOfPairs(tmp_path)[0]
+    sample = FolderOfPairs(tmp_path, resize_depth="nearest")[0]
+    np.testing.assert_array_equal(sample["depth"][0].numpy(), depth_map())

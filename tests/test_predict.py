@@ -13,8 +13,9 @@ from PIL import Image
 
 import engine
 import predict
+from data.images import read_rgb
 from data.pictures import INVALID_COLOUR, colourise, comparison, font_size
-from extras.pictures import MEANING, read_photograph, with_legend
+from extras.pictures import MEANING, with_legend
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 
@@ -173,16 +174,18 @@ def test_without_arguments_it_predicts_scenes_of_the_miniature(tmp_path, ckpt, m
 ])
 def test_every_kind_of_picture_becomes_rgb(mode, expected, tmp_path):
     if mode == "I;16":
-        picture = Image.fromarray(np.full((5, 7), 10 * 257 + 100, np.uint16))
+        grey = np.full((5, 7), 10 * 257 + 100, np.uint16)
+        grey[4, 6] = 40_000  # so that all 16 bits are in use
+        picture = Image.fromarray(grey)
     elif mode == "P":
         picture = Image.new("RGB", (7, 5), (10, 20, 30)).quantize(4)
     else:
         picture = Image.new(mode, (7, 5), {"RGBA": (10, 20, 30, 40), "LA": (10, 40), "L": 10,
                                            "1": 1}.get(mode, (10, 20, 30)))
     picture.save(tmp_path / "a.png")
-    image = read_photograph(tmp_path / "a.png")
+    image = read_rgb(tmp_path / "a.png")
     assert image.dtype == np.uint8 and image.shape == (5, 7, 3)
-    np.testing.assert_array_equal(image, np.broadcast_to(expected, (5, 7, 3)))
+    np.testing.assert_array_equal(image[:4], np.broadcast_to(expected, (4, 7, 3)))
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -190,7 +193,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn clockwise to show
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_photograph(tmp_path / "a.png"), np.rot90(image, -1))
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), np.rot90(image, -1))
 
 
 def test_truncated_and_floating_point_pictures_are_named(tmp_path):
@@ -199,7 +202,7 @@ def test_truncated_and_floating_point_pictures_are_named(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "c.tiff")
     for name in ("b.png", "c.tiff"):
         with pytest.raises(ValueError, match=name):
-            read_photograph(tmp_path / name)
+            read_rgb(tmp_path / name)
 
 
 def test_other_targets_become_square_root_disparity():
@@ -309,3 +312,33 @@ def test_a_mistake_is_one_sentence(tmp_path):
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_what_is_passed_over_in_a_folder_is_counted_and_named(tmp_path, monkeypatch, capsys):
+    ckpt = save_tiny(tmp_path / "tiny.safetensors")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jfif", "b.mpo", "c.gif", "d.avif", "e.JPE"):
+        kind = {"a": "JPEG", "b": "MPO", "e": "JPEG"}.get(name[0])
+        Image.fromarray(photo(40, 60)).save(folder / name, format=kind)
+    for name in ("notes.txt", "clip.mp4", "clip2.mp4", ".DS_Store", "._a.jfif"):
+        (folder / name).write_bytes(b"x")
+    (folder / "linked").symlink_to(folder)
+    assert call(monkeypatch, folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--save",
+                "npy") == 0
+    said = capsys.readouterr().err
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["a", "b", "c", "d", "e"]
+    assert "3 files are of no kind that is read here and are passed over" in said
+    assert ".mp4 2, .txt 1" in said and "DS_Store" not in said and "._a" not in said
+
+
+def test_the_limit_of_pixels_is_named_and_can_be_lifted(tmp_path, monkeypatch, capsys):
+    ckpt = save_tiny(tmp_path / "tiny.safetensors")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.fromarray(photo(40, 60)).save(tmp_path / "a.png")
+    options = [tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out", "--save", "npy"]
+    assert call(monkeypatch, *options) == 1
+    assert "more than 2,000 pixels; make it smaller, or give predict.py --max-pixels" in (
+        capsys.readouterr().err)
+    assert call(monkeypatch, *options, "--max-pixels", 2400) == 0
+    assert np.load(tmp_path / "out/a.npy").shape == (40, 60)

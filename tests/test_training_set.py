@@ -350,3 +350,20 @@ def test_roots_that_are_nothing(tmp_path):
     (tmp_path / "raw/ai_001_001/images").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="split_scene_v1.csv is missing; put"):
         open_training_source(tmp_path / "raw")
+
+
+def test_a_data_set_one_level_off_is_named(tmp_path):
+    """The folder above it, or one inside it."""
+    write_data_set(tmp_path / "sets/hypersim")
+    inside = tmp_path / "sets/hypersim/ai_001_001"
+    for given in (tmp_path / "sets", inside):
+        with pytest.raises(FileNotFoundError, match="is no data set that is known, but "
+                           f"{tmp_path}/sets/hypersim is: give that"):
+            open_training_source(given)
+    for kind in ("rgb", "depth"):
+        (tmp_path / "pairs" / kind).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"but {tmp_path}/pairs is: give that"):
+        open_training_source(tmp_path / "pairs/rgb")
+    (tmp_path / "a.tar").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="a.tar is a file: unpack it"):
+        open_training_source(tmp_path / "a.tar")

@@ -1,0 +1,147 @@
+"""Decode one picture file, or raise a BadSample that names the file and the reason.
+
+`read_rgb` is what a picture is as RGB, for predictions and for every data set; `read_picture` the
+numbers in it, for depth maps. No more is decoded than Pillow's limit of 179 million pixels.
+"""
+
+import io
+import logging
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from data.files import blame
+from data.transforms import BadSample
+from storage import first_bytes, stand_in
+
+log = logging.getLogger(__name__)
+
+# Of Pillow's formats: for others it may start programs. PPM stands for PFM, too, JPEG for MPO.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "GIF")
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff",
+            ".ppm", ".pgm", ".avif", ".gif", ".heic", ".heif")  # endings of their names
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                        Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), start=2))  # by EXIF's orientation
+BACK = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}  # the others undo themselves
+SIDEWAYS = {TURNS[number] for number in (5, 6, 7, 8)}
+STRETCHED = set()  # numbers of bits of which it was said
+# Of a PNG's texts and colour profile, which nothing here looks at, unpacked (Pillow's own: 1 MiB).
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
+
+
+def open_picture(path, content=None):
+    """Pillow's picture of a file, of which only the beginning was read; raises BadSample.
+
+    content: its bytes, if they were read before. What it is is told by its content.
+    """
+    # Pillow warns of half of what it refuses.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadSample(f"{path} can't be read: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
+                        "pixels; make it smaller, or give predict.py --max-pixels.") from None
+    except UnidentifiedImageError:
+        head = content[:100] if content is not None else first_bytes(path)
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+        return open_heic(path, content)
+    what = stand_in(head)
+    raise BadSample(f"{path} {what}." if what else f"{path} can't be read: cannot identify what "
+                    "kind of picture it is.")
+
+
+def open_heic(path, content):
+    """As `open_picture`, where the library is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise BadSample(f"{path} is a HEIC picture: install pillow-heif (extras/requirements.txt), "
+                        "or convert it to JPEG or PNG.") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(path if content is None else io.BytesIO(content), formats=("HEIF",))
+
+
+def allow_pixels(count):
+    """Lets pictures have up to so many pixels, in this process."""
+    Image.MAX_IMAGE_PIXELS = (count + 1) // 2  # Pillow refuses above twice as many
+
+
+def read_picture(path, content=None):
+    """A picture -> the array that is stored in it. content: its bytes, if they were read before."""
+    with blame(path), open_picture(path, content) as picture:
+        values = np.array(picture)
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def read_rgb(path, content=None, exif="apply", size=None):
+    """A picture -> uint8 H,W,3, whatever kind its file is. Raises BadSample.
+
+    Palettes, CMYK and the like become RGB, grey is repeated, transparency is dropped, 16 bits
+    become 8, of several frames the first is taken.
+    exif: what is done where EXIF says that the picture was taken sideways or upside down: `apply`
+    turns it upright, `ignore` leaves it; `auto` does what makes it fit a depth map of `size`
+    (height, width), and refuses it where both would.
+    """
+    with blame(path), open_picture(path, content) as picture:
+        picture, turn = as_stored(picture)
+        if turn is not None and exif == "auto":
+            exif = fitting_exif(path, picture, turn, size)
+        if turn is not None and exif == "apply":
+            picture = picture.transpose(turn)
+        if picture.mode.startswith("I"):
+            return np.repeat(eight_bits(path, np.array(picture))[..., None], 3, axis=2)
+        if picture.mode == "F":
+            raise BadSample(f"{path} can't be read as a picture: it holds floating-point numbers; "
+                            "save it as 8-bit RGB.")
+        return np.array(picture.convert("RGB"))
+
+
+def as_stored(picture):
+    """The picture as its file has it, and how it is to be turned by EXIF (`orientation`)."""
+    turned = orientation(picture) if picture.format == "TIFF" else None
+    picture.load()
+    if turned is not None:  # by Pillow, of this format alone
+        return picture.transpose(BACK.get(turned, turned)), turned
+    return picture, orientation(picture)
+
+
+def orientation(picture):
+    """How EXIF says that an image is to be turned, for Pillow's `transpose`; None: not at all."""
+    try:  # what is in EXIF may be anything
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
+
+
+def fitting_exif(path, picture, turn, size):
+    """`apply` or `ignore`, by which a picture fits its depth map's size (height, width)."""
+    width, height = picture.size
+    if turn not in SIDEWAYS or width == height:
+        raise BadSample(f"{path} is turned by its EXIF orientation, and its size does not tell "
+                        "whether its depth map is, too: say it with --exif apply or --exif ignore.")
+    return "apply" if (size[0] > size[1]) == (width > height) else "ignore"
+
+
+def eight_bits(path, grey):
+    """Grey of 16 bits H,W -> uint8; if its values take 8, 10, 12 or 14 bits, they are all of it."""
+    grey = grey.clip(0, 65535)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 1 << bits)
+    if bits < 16 and bits not in STRETCHED:
+        STRETCHED.add(bits)
+        log.warning("%s is grey of 16 bits, of which %d are in use: such pictures are stretched to "
+                    "these.", path, bits)
+    return (grey / ((1 << bits) - 1) * 255).round().astype(np.uint8)
+
+
+def read_png16(path, content=None):
+    """A 16-bit picture of one channel -> uint16 H,W."""
+    values = read_picture(path, content)
+    if values.dtype != np.uint16 or values.ndim != 2:
+        raise BadSample(f"{path} is a picture of {values.dtype} with shape {values.shape}, not a "
+                        "16-bit picture of one channel.")
+    return values

@@ -1,0 +1,91 @@
+"""storage.py: folders walked, files written whole, what lies in a file's place."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from storage import sha256, stand_in, walk, whole, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    touch(tmp_path / "elsewhere/deep/b.png")
+    touch(tmp_path / "root/a.png")
+    (tmp_path / "root/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/again").symlink_to(tmp_path / "elsewhere/deep")
+    (tmp_path / "root/file.png").symlink_to(tmp_path / "elsewhere/deep/b.png")
+    (tmp_path / "root/nowhere.png").symlink_to(tmp_path / "missing")
+    (tmp_path / "root/self").symlink_to("self")
+    (tmp_path / "root/up").symlink_to(tmp_path / "root")
+    (tmp_path / "elsewhere/deep/round").symlink_to(tmp_path / "root")  # a loop through two links
+    assert list(walk(tmp_path / "root")) == ["a.png", "again/b.png", "file.png",
+                                             "linked/deep/b.png"]
+
+
+def test_what_systems_leave_behind_is_passed_over(tmp_path):
+    for name in ("._a.png", ".DS_Store", ".hidden/b.png", "a.png", "c/.thumbs/d.png", "c/e.png"):
+        touch(tmp_path / name)
+    assert list(walk(tmp_path)) == ["a.png", "c/e.png"]
+    assert list(walk(tmp_path / "missing")) == [] == list(walk(tmp_path / "a.png"))
+
+
+def test_pipes_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert list(walk(tmp_path)) == []
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_said(tmp_path, caplog):
+    touch(tmp_path / "closed/a.png")
+    touch(tmp_path / "b.png")
+    (tmp_path / "closed").chmod(0)
+    assert list(walk(tmp_path)) == ["b.png"]
+    assert "closed may not be read" in caplog.text
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "caf\udce9\n", lasting=True)
+    assert path.read_bytes() == b"caf\xe9\n"
+    with pytest.raises(OSError, match="a.txt can't be written.*make room"):
+        with whole(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+    assert path.read_bytes() == b"caf\xe9\n" and list(tmp_path.iterdir()) == [path]
+    assert sha256(path).startswith("") and len(sha256(path)) == 64
+
+
+@pytest.mark.parametrize("head, said", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
+    (b"\n <!DOCTYPE html><html>", "web page"), (b"<HTML lang='en'>", "web page")])
+def test_stand_ins_are_named(head, said):
+    assert said in stand_in(head)
+
+
+def test_other_beginnings_are_not_known():
+    assert stand_in(b"\x89PNG\r\n\x1a\n") is None and stand_in(b"") is None
+
+
+@pytest.mark.parametrize("call, places", [
+    (r"os\.walk\(|\.rglob\(|os\.scandir\(", {"storage.py"}),
+    (r"\bImage\.open\(|\biio\.imread\(", {"data/images.py"}),
+    (r"\bsafe_open\(", {"nets/checkpoint.py"}),
+    (r"file_digest\(", {"storage.py"}),
+    (r"os\.replace\(", {"storage.py", "run_folder.py", "nets/export.py"}),
+])
+def test_there_is_one_place_for_each(call, places):
+    """(run_folder.py puts one whole checkpoint in the place of another, nets/export.py a folder.)"""
+    files = [path for folder in (".", "nets", "losses", "data", "extras", "miniature")
+             for path in (ROOT / folder).glob("*.py")]
+    found = {path.relative_to(ROOT).as_posix() for path in files
+             if re.search(call, path.read_text())}
+    assert found == places
