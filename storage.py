@@ -1,5 +1,6 @@
 """Files and folders, for every part of the project: found, known again, written whole."""
 
+import codecs
 import hashlib
 import logging
 import os
@@ -90,10 +91,14 @@ def first_bytes(path):
         return file.read(100)
 
 
-def stand_in(head):
-    """What a file is that lies where another one should, by its first bytes; None: not known."""
+def stand_in(path, head=None):
+    """What a file is that lies where another one should, in words; None: not known.
+
+    head: its first bytes, if they were read before.
+    """
+    head = (first_bytes(path) if head is None else head).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, which stands for the file: fetch it with git lfs pull"
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if head.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<!--")):
         return "is a web page (HTML), not the file: download it again, from the file's own address"
     return None

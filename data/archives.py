@@ -72,6 +72,9 @@ def index(path):
                 hidden = any(part.startswith(".") for part in name.parts)  # .. as well
                 if not member.isreg() or name.is_absolute() or hidden:
                     continue
+                if member.issparse():
+                    raise tarfile.ReadError(f"{name} is packed as sparse, which is not read: pack "
+                                            "it without -S")
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"{name} is cut off")
                 spans[str(name)] = member.offset_data, member.size

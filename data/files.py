@@ -21,6 +21,7 @@ from data.transforms import BadSample
 from storage import whole
 
 MAX_BYTES = 2**30  # of an array
+MAX_CHUNKS = 100_000  # of a data set in HDF5
 MAX_TABLE_BYTES, MAX_COLUMNS, MAX_ENTRIES = 2**26, 200, 10_000_000
 # How many times its size a chunk of an HDF5 file can unpack to, by filter.
 EXPANSION = {h5py.h5z.FILTER_DEFLATE: 1040, h5py.h5z.FILTER_LZF: 100}
@@ -55,6 +56,8 @@ def read_hdf5(path, key="dataset"):
         if not isinstance(link, h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
             raise BadSample(f"{path} has no data set {key!r}, or only a link to one.")
         data = file[key]
+        if data.shape is None:
+            raise BadSample(f"{path} holds an empty data set.")
         if data.external or data.is_virtual:
             raise BadSample(f"{path} keeps its values in other files, which are not read.")
         if data.dtype.hasobject:  # of variable length: a million values can be one and the same
@@ -70,6 +73,10 @@ def check_chunks(path, data):
         return
     room = math.prod(data.chunks) * data.dtype.itemsize
     check_bytes(path, room)
+    count = math.prod(-(-side // piece) for side, piece in zip(data.shape, data.chunks))
+    if count > MAX_CHUNKS:
+        raise BadSample(f"{path} is cut into {count:,} chunks, and no more than {MAX_CHUNKS:,} are "
+                        "read.")
     filters = data.id.get_create_plist()
     filters = [filters.get_filter(number)[0] for number in range(filters.get_nfilters())]
     packers = [kind for kind in filters if kind not in HARMLESS]

@@ -50,7 +50,7 @@ def open_picture(path, content=None):
         head = content[:100] if content is not None else first_bytes(path)
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
         return open_heic(path, content)
-    what = stand_in(head)
+    what = stand_in(path, head)
     raise BadSample(f"{path} {what}." if what else f"{path} can't be read: cannot identify what "
                     "kind of picture it is.")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from storage import first_bytes, stand_in, whole
+from storage import stand_in, whole
 
 FORMAT = 1
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
@@ -95,9 +95,14 @@ def open_weights(path, device="cpu"):
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except SafetensorError as error:
-        what = stand_in(first_bytes(path))
+        what = stand_in(path)
         raise ValueError(f"{path} {what}." if what else f"{path} is not a readable .safetensors "
                          f"file ({error}): download, copy or convert it again.") from None
+
+
+def holds_networks(folder):
+    """Whether it is a folder of diffusers, or of a trainer that saves as it does."""
+    return any((folder / name).is_dir() for name in ("unet", "unet_ema", "vae"))
 
 
 def what_is_there(path):
@@ -105,7 +110,7 @@ def what_is_there(path):
     if not path.is_dir():
         return "is not there"
     inside = path / "model.safetensors"
-    if (path / "unet").is_dir() or (path / "vae").is_dir():
+    if holds_networks(path):
         return f"is a folder of diffusers (bring it here with python convert_sd2.py {path})"
     return f"is a folder (the model in it is {inside})" if inside.is_file() else "is a folder"
 

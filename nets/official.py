@@ -17,10 +17,13 @@ from nets.dinov2 import DINOv2
 from nets.sizes import sizes
 from nets.text import TextEncoder
 from nets.unet import UNet
-from nets.untrusted import files_of, read_pickle, read_settings, read_tensors, weights_file
+from nets.untrusted import (ENDINGS, files_of, find_weights, read_settings, read_tensors,
+                            weights_file)
 from nets.vae import AutoencoderKL
 
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder, "dinov2": DINOv2}
+PARTS = {"unet", "unet_ema", "vae", "text_encoder"}  # names of the networks' folders
+STEMS = ("model", "pytorch_model")  # of transformers' files
 TEXT_CONSTANT = "text_embedding.safetensors"  # beside unet/ and vae/ in a folder that we wrote
 ADAPTER = "dinov2_adapter.pth"  # beside or in unet/ where the released code saved its stage 1
 ADAPTER_NAMES = {f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")}
@@ -154,26 +157,38 @@ def open_source(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: give a local file or folder of Stable "
                                 "Diffusion 2 or DINOv2.")
+    settings = path.suffix == ".json" and ".index" not in path.name
+    if path.is_file() and (settings or re.search(r"-\d+-of-\d+\.", path.name)):
+        path = path.parent  # the settings or a part of the weights stand for the folder
     path = within(path)
-    if holds_networks(path):
+    if checkpoint.holds_networks(path):
         return open_diffusers(path)
-    if path.is_dir() and any(path.glob("diffusion_pytorch_model*")):
+    if path.is_dir() and (is_part(path) or any(path.glob("diffusion_pytorch_model*"))):
         raise ValueError(one_of_three(path))
-    file = weights_file(path, "model", "pytorch_model") if path.is_dir() else path
+    file = model_file(path) or weights_file(path, *STEMS) if path.is_dir() else path
     tensors = read_tensors(file)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return open_single_file(file, tensors)
     if any(name.endswith(("pos_embed", "embeddings.position_embeddings")) for name in tensors):
         return open_dinov2(file, tensors)
-    if any(name.startswith(("down_blocks.", "encoder.down_blocks.", "text_model."))
-           for name in tensors):
+    if is_part(path.parent) or any(
+            name.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.",
+                             "embeddings.token_embedding.")) for name in tensors):
         raise ValueError(one_of_three(path))
     raise ValueError(f"{path} is neither Stable Diffusion 2 nor DINOv2 (its first tensor is "
                      f"{min(tensors, default='missing')}); {likely_cause(tensors)}.")
 
 
-def holds_networks(folder):
-    return any((folder / name).is_dir() for name in ("unet", "unet_ema", "vae"))
+def model_file(folder):
+    """The weights in a folder of one file: transformers', or the only ones; None otherwise."""
+    alone = [each for each in folder.glob("*") if each.suffix in ENDINGS and each.is_file()]
+    return find_weights(folder, *STEMS) or (alone[0] if len(alone) == 1 else None)
+
+
+def is_part(folder):
+    """Whether it is the folder of one network in the folder of a model."""
+    folder = folder.absolute()
+    return folder.name in PARTS and checkpoint.holds_networks(folder.parent)
 
 
 def within(path):
@@ -181,14 +196,16 @@ def within(path):
 
     ValueError if it could be several.
     """
-    if not path.is_dir() or holds_networks(path):
+    def is_model(folder):
+        return checkpoint.holds_networks(folder) or model_file(folder)
+    if not path.is_dir() or is_model(path):
         return path
     inside = sorted(each for each in (path / "snapshots").glob("*") if each.is_dir())
     main = path / "refs" / "main"
-    if main.is_file() and (path / "snapshots" / main.read_text().strip()) in inside:
-        return path / "snapshots" / main.read_text().strip()
+    name = main.read_text(errors="replace").strip() if main.is_file() else None
+    inside = [each for each in inside if each.name == name] or inside
     inside = inside or sorted(each for each in path.glob("*") if each.is_dir()
-                              and holds_networks(each))
+                              and each.name not in PARTS and is_model(each))
     if len(inside) > 1:
         raise ValueError(f"{path} holds {len(inside)} models: give one of them, {inside[0]} or "
                          "another.")
@@ -197,7 +214,7 @@ def within(path):
 
 def one_of_three(path):
     """Says of a file or folder that it is one network of a model, and where that is."""
-    above = [each for each in path.absolute().parents[:2] if holds_networks(each)]
+    above = [each for each in path.absolute().parents[:2] if checkpoint.holds_networks(each)]
     return (f"{path} is one network of three: give "
             + (f"{above[0]}, the folder above." if above else
                "the folder that holds unet/, vae/ and text_encoder/."))
@@ -211,14 +228,15 @@ def open_diffusers(folder):
     parts, files, ignored = {}, {}, []
     exported = folder / TEXT_CONSTANT
     exported = exported if exported.is_file() else None
-    unet = "unet" if (folder / "unet").is_dir() else "unet_ema"
+    mean = (folder / "unet_ema").is_dir() and not (folder / "unet").is_dir()
+    unet = "unet_ema" if mean else "unet"
     for net, name in (("unet", unet), ("vae", "vae"), ("text", "text_encoder")):
         if net == "text" and (exported or not (folder / name).is_dir()):
             continue
-        stems = ("model", "pytorch_model") if net == "text" else ("diffusion_pytorch_model",)
+        stems = STEMS if net == "text" else ("diffusion_pytorch_model",)
         if net == "vae" and not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder} holds unet/ only, as trainers save it: put vae/ and "
-                                    "text_encoder/ of its Stable Diffusion 2 beside it.")
+            raise FileNotFoundError(f"{folder} holds {unet}/ only, as trainers save it: put vae/ "
+                                    "and text_encoder/ of its Stable Diffusion 2 beside it.")
         file = weights_file(folder / name, *stems)
         origin = f"{name}/{file.name}"
         tensors = read_tensors(file)
@@ -242,7 +260,7 @@ def open_diffusers(folder):
 
 def adapter_names(file):
     """Names of a stage 1 adapter's tensors, which training needs and a prediction does not."""
-    names = set(read_pickle(file))
+    names = set(read_tensors(file))
     if names != ADAPTER_NAMES:
         raise mismatch(file.name, sorted(names - ADAPTER_NAMES), sorted(ADAPTER_NAMES - names))
     return sorted(f"{file.name}: {name}" for name in names)
@@ -283,16 +301,17 @@ def open_dinov2(file, tensors):
     """
     ignored, settings = [], {}
     licence, layout = "Apache-2.0 (DINOv2)", "the authors' file"
-    prefix = next((prefix for prefix in ("pretrained.", "backbone.")
-                   if any(name.startswith(prefix) for name in tensors)), None)
     if any(name.endswith("embeddings.position_embeddings") for name in tensors):
         layout, settings = "Hugging Face's file", read_settings(file)
-    if prefix:
+    table = next((name for name in ("pretrained.pos_embed",
+                                    "backbone.embeddings.position_embeddings")
+                  if name in tensors), None)
+    if table:
         layout = "the encoder of Depth-Anything-V2"
         settings = settings.get("backbone_config") or {}
-        tensors = stripped(without(tensors, DEPTH_ANYTHING_EXTRAS, ignored), prefix, file)
-        table = tensors.get("pos_embed", tensors.get("embeddings.position_embeddings"))
-        small = table is not None and tuple(table.shape[-1:]) <= (384,)
+        small = tuple(tensors[table].shape[-1:]) <= (384,)
+        tensors = stripped(without(tensors, DEPTH_ANYTHING_EXTRAS, ignored),
+                           f"{table.split('.')[0]}.", file)
         licence = f"{'Apache-2.0' if small else 'CC-BY-NC-4.0'} (Depth-Anything-V2)"
     part = Part("dinov2", file.name, tensors, settings)
     files = {each.name: each for each in files_of(file)}

@@ -7,7 +7,6 @@ that names the file and says what to do.
 import json
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -15,9 +14,11 @@ import torch
 from nets import checkpoint
 from storage import first_bytes, stand_in
 
+ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
-def weights_file(folder, *stems):
-    """The weights in a folder: full precision before half, .safetensors before .bin.
+
+def find_weights(folder, *stems):
+    """The weights in a folder: full precision before half, .safetensors before .bin; or None.
 
     Of weights in several files it is their index (.index.json).
     """
@@ -28,30 +29,43 @@ def weights_file(folder, *stems):
                              f"{stem}{ending}.index{variant}.json"):
                     if (folder / name).is_file():
                         return folder / name
+    return None
+
+
+def weights_file(folder, *stems):
+    """The same; FileNotFoundError if there are none."""
+    if found := find_weights(folder, *stems):
+        return found
     raise FileNotFoundError(f"{folder} holds no {' or '.join(stems)} (.safetensors or .bin): give "
-                            "the folder of a whole model, completely downloaded.")
+                            "the folder of a whole model, completely downloaded, or a single "
+                            "file of one.")
 
 
 def read_settings(file):
     """config.json beside a file of weights; empty where there is none."""
     config = file.with_name("config.json")
-    try:
-        settings = json.loads(config.read_text()) if config.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config} is not valid JSON ({error}): download it again.") from None
+    settings = read_json(config) if config.is_file() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{config} is not a table of settings: download it again.")
     return settings
+
+
+def read_json(file):
+    """What a file of JSON holds, in any of its encodings; ValueError if it is none."""
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        what = stand_in(file) or f"is not valid JSON ({error}): download it again"
+        raise ValueError(f"{file} {what}.") from None
 
 
 def read_tensors(file):
     """{name: tensor} of a file of weights, told by its content, or of all those of an index."""
     if file.suffix == ".json":
         return read_shards(file)
-    head = first_bytes(file)
-    if what := stand_in(head):
+    if what := stand_in(file):
         raise ValueError(f"{file} {what}.")
-    if head[8:9] != b"{":  # of safetensors it is the header's first byte, after its length
+    if first_bytes(file)[8:9] != b"{":  # of .safetensors, where its header begins
         return read_pickle(file)
     with checkpoint.open_weights(file) as opened:
         if checkpoint.KEY in (opened.metadata() or {}):
@@ -62,14 +76,16 @@ def read_tensors(file):
 
 def shards(index):
     """{file name: names of its tensors} of an index; ValueError if it is damaged."""
+    content = read_json(index)
     try:
-        table = json.loads(index.read_text())["weight_map"]
-        if not table or not all(name == Path(name).name for name in table.values()):
-            raise ValueError("it names no files beside it")
+        table = content["weight_map"]
+        if not table or not all(name == Path(name).name and Path(name).suffix in ENDINGS
+                                for name in table.values()):
+            raise ValueError("it names no files of weights beside it")
         found = {name: set() for name in sorted(table.values())}
         for tensor, name in table.items():
             found[name].add(tensor)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of weights ({error}): download it again.") from None
     return found
 
@@ -98,11 +114,13 @@ def read_shards(index):
 
 def read_pickle(file):
     """{name: tensor} of a pickle; nothing but tensors and plain containers is ever unpickled."""
-    with open(file, "rb") as opened:
-        mapped = zipfile.is_zipfile(opened)  # files from before torch 1.6 are none
+    misnamed = file.name.endswith(".safetensors")  # the library goes by the name, where it has one
+    mapped = first_bytes(file).startswith(b"PK") and not misnamed  # before torch 1.6 it was no zip
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd protocols, of sparse tensors
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with (warnings.catch_warnings(action="ignore"),  # of odd protocols, of sparse tensors
+              open(file, "rb") as opened):
+            content = torch.load(opened if misnamed else file, map_location="cpu",
+                                 weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can make the library raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:

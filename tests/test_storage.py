@@ -68,11 +68,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
     (b"\n <!DOCTYPE html><html>", "web page"), (b"<HTML lang='en'>", "web page")])
 def test_stand_ins_are_named(head, said):
-    assert said in stand_in(head)
+    assert said in stand_in(None, head)
 
 
 def test_other_beginnings_are_not_known():
-    assert stand_in(b"\x89PNG\r\n\x1a\n") is None and stand_in(b"") is None
+    assert stand_in(None, b"\x89PNG\r\n\x1a\n") is None and stand_in(None, b"") is None
 
 
 @pytest.mark.parametrize("call, places", [
@@ -83,7 +83,7 @@ def test_other_beginnings_are_not_known():
     (r"os\.replace\(", {"storage.py", "run_folder.py", "nets/export.py"}),
 ])
 def test_there_is_one_place_for_each(call, places):
-    """(run_folder.py puts one whole checkpoint in the place of another, nets/export.py a folder.)"""
+    """(run_folder.py moves one whole checkpoint, nets/export.py a whole folder.)"""
     files = [path for folder in (".", "nets", "losses", "data", "extras", "miniature")
              for path in (ROOT / folder).glob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in files

@@ -96,7 +96,8 @@ def test_readers_can_be_sent_to_processes_that_are_spawned(tmp_path):
     pairs = FolderOfPairs(write_pairs(tmp_path / "pairs", ["a", "b"]))
     context = multiprocessing.get_context("spawn")
     for reader in (ZeroShot("scannet", folder), pairs):
-        rows = list(read_ahead(Checked(reader), 1, batch_size=None, multiprocessing_context=context))
+        rows = list(read_ahead(Checked(reader), 1, batch_size=None,
+                               multiprocessing_context=context))
         assert [(name, reason) for name, reason, _ in rows] == [
             (reader.name(i), None) for i in range(len(reader))]
     samples = TrainingSet([pairs], [1.0], [(32, 48)], batch=2)
