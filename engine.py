@@ -28,6 +28,7 @@ def run(main):
 
     The libraries raise ValueError or OSError for those; FULL_TRACEBACK=1 shows where.
     """
+    sys.stdout, sys.stderr = (Heard(stream) for stream in (sys.stdout, sys.stderr))
     try:
         main()
         stop()
@@ -50,6 +51,31 @@ def run(main):
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+class Heard:
+    """Standard output or error; what nobody reads any more (`| head`) is dropped, not an error."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the beginning
+
+    def write(self, text):
+        self.heard(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.heard(self.stream.flush)
+
+    def heard(self, function, *arguments):
+        try:
+            function(*arguments)
+        except BrokenPipeError:  # whatever is written later, by whomever, is dropped, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:  # it goes to a disk that is full
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def out_of_memory(error):
@@ -313,11 +339,14 @@ def add_training_options(parser, steps, lr):
     add("--clip-gradient", type=not_negative, metavar="NORM",
         help="largest norm of a step's gradient")
     add("--extend", action="store_true", help="resume a run that had fewer --steps")
+    add("--accept-changes", action="store_true", help="resume a run whose weights or data are not "
+        "what they were")
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the networks; auto: bfloat16 on GPUs that compute in it and on CPUs that are "
         "measured to be faster in it, else float32; a run goes on with what it began with")
-    add("--compile", action="store_true", help="torch.compile the U-Net")
+    add("--compile", action="store_true", help="torch.compile the U-Net (not the Fourier "
+        "block's complex numbers); takes minutes for each size of sample")
     add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
         default="auto", help="recompute activations in the backward pass: less memory, a third "
         "more time; auto: where they would not fit")

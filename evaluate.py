@@ -13,6 +13,7 @@ into --out. After an interruption the same command goes on.
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from tqdm import tqdm
 
 import engine
 import metrics
+import run_folder
 from data import predictions
 from data.benchmarks import BENCHMARKS, find_benchmarks, locate, open_benchmark
 from data.chunks import preflight
 from data.pairs import add_pair_options, pair_options
-from data.results import Journal, prepare, write_metrics
+from data.results import Journal, check_settings, prepare, write_metrics
 from data.transforms import normalise_target
 from extras.compare import compare
 from extras.report import PUBLISHED, has_pictures, save_pictures, write_report
@@ -208,6 +210,8 @@ def open_journal(out, settings, names, keys, ranks):
     settings: what the rows depend on; names: of the columns; keys: the rows that there should be.
     """
     if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        run_folder.claim(out)
         changed = prepare(out, settings)
         if changed:
             engine.say(f"{out} held scores with other settings ({', '.join(changed)}); they are "
@@ -230,8 +234,20 @@ def decisive(options, source):
     return source | {name: str(options[name]) for name in names}
 
 
-def state_of_weights(ckpt):
-    return {"weights": sha256(ckpt)}
+def state_of_weights(ckpt, before):
+    """The digest of a model's file, the same on all ranks; before: its state before it was read.
+
+    ValueError if another file has taken its place meanwhile.
+    """
+    found = sha256(ckpt)
+    if identity(ckpt) != before or engine.agreed(found) != found:
+        raise ValueError(f"{ckpt} was replaced while it was read: give the same command again.")
+    return {"weights": found}
+
+
+def identity(path):
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def state_of_predictions(folder, keys):
@@ -314,6 +330,7 @@ def main():
     args.precision, why = engine.agreed(choose(args.precision, ranks.device))
     engine.say(why)
     ckpt = args.ckpt or embedded.TRAINED
+    before = None if args.predictions or not ckpt.is_file() else identity(ckpt)
     model = None if args.predictions else open_model(
         ckpt, ranks.device, args.precision, args.paradigm)
     # Saved predictions are read one by one, so that a bad file is alone.
@@ -323,8 +340,10 @@ def main():
     sets = opened()
     keys = [(name, reader.name(index)) for name, reader in sets
             for index in range(len(reader))[:args.limit]]
-    source = state_of_weights(ckpt) if model else state_of_predictions(args.predictions, keys)
-    journal = open_journal(args.out, decisive(vars(args), source), columns(spaces), keys, ranks)
+    source = (state_of_weights(ckpt, before) if model
+              else state_of_predictions(args.predictions, keys))
+    settings = decisive(vars(args), source)
+    journal = open_journal(args.out, settings, columns(spaces), keys, ranks)
     results = {}
     for name, reader in sets:
         predict, longest = open_predictor(name, model, args.processing_res, args.paradigm,
@@ -334,6 +353,7 @@ def main():
         score_set(name, reader, args.limit, score, args.batch, done, journal, ranks)
         engine.wait()
         if ranks.first:
+            check_settings(args.out, settings)  # in a folder without locks another may be at work
             rows = merged_rows(name, journal, keys)
             results[name] = dict(summarise(rows, spaces, reader, args.limit),
                                  processing_res=longest, **protocol(vars(args), model))

@@ -66,18 +66,21 @@ class Progress:
         self.steps, self.samples, self.log_every, self.log = steps, samples, log_every, log
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=not ranks.first)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
-        self.first, self.bad, self.usual = first, 0, None
+        self.first, self.bad, self.usual, self.good = first, 0, None, 0
 
     def report(self, done, outcome, rate):
         """After step number `done`: its Outcome, and the learning rate it had.
 
-        ValueError after ten steps in a row that had to be skipped.
+        ValueError after ten steps in a row that had to be skipped, or if all were.
         """
         self.bar.update()
         if outcome.bad:
             self.note_bad(done, outcome.bad)
+            if done == self.steps and not self.good:
+                raise ValueError(f"all of the {done - self.first} steps were skipped, so nothing "
+                                 "was learnt or saved: try a lower --lr or --precision float32.")
         else:
-            self.bad = 0
+            self.bad, self.good = 0, self.good + 1
             self.note_spike(done, outcome)
             self.count += 1
             for name, value in outcome.losses.items():

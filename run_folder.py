@@ -6,6 +6,7 @@ one before it stays as a reserve. Whatever happens, at any moment, one of the tw
 
 import json
 import os
+import re
 import shutil
 import signal
 import zipfile
@@ -15,22 +16,34 @@ from pathlib import Path
 import torch
 
 from engine import agreed, is_first, say
-from storage import sync, whole, write_text
+from storage import sha256, sync, whole, write_text
 
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
 CONTENT = {"step": int, "trained": dict, "optimizer": dict}  # of a checkpoint
+CONTENT_OF_RUN = "content"  # in args.json: what is behind the options' names
 HELD = {}  # open lock files by path: a lock lasts as long as its file is open
 
 
 def decisive(options):
     """Of a script's options (a dict), those that change the result, as plain types."""
     rest = {"out", "cache", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
-            "log_every", "save_every", "validate_every", "validate_images", "preflight", "extend"}
+            "log_every", "save_every", "validate_every", "validate_images", "preflight", "extend",
+            "accept_changes"}
     if not options.get("cache", True):  # what is not kept is as if it were kept exactly
         options = options | {"cache_precision": "float32"}
     return {name: str(value) if isinstance(value, Path) else value
             for name, value in sorted(options.items()) if name not in rest}
+
+
+def content(files, model, training_set, ranks):
+    """What is behind a run's options: digests of its files (None: not used) and of its samples."""
+    found = None
+    if ranks.first:
+        weights = {f"the weights {path.name}": sha256(path) for path in files if path}
+        found = weights | {"the model's target": model.target, "the names of the samples":
+                           training_set.digest(), "the sizes of the samples": training_set.sizes}
+    return agreed(found)
 
 
 # ---------------------------------------------------------------------------- opening
@@ -43,15 +56,17 @@ def check_system():
                          "and convert_sd2.py run here, too.")
 
 
-def open_run(folder, options, ranks, extend=False):
+def open_run(folder, options, ranks, extend=False, content=None, accept_changes=False):
     """Prepares a run folder; returns the state to resume from, or None for a new run.
 
     options: those that change the result. A folder of a run with other options is refused; with
     `extend` it may have had fewer steps.
+    content: {what: its digest or value} of what the options name. It is refused if it has changed,
+    or with accept_changes logged.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    options = json.loads(json.dumps(options))
+    options = json.loads(json.dumps(options | {CONTENT_OF_RUN: content or {}}))
     path = None
     if ranks.first:
         claim(folder)
@@ -65,6 +80,8 @@ def open_run(folder, options, ranks, extend=False):
             (folder / LOG).unlink(missing_ok=True)
         return None
     before = read_options(folder / OPTIONS)
+    held = before.pop(CONTENT_OF_RUN, {})
+    content = options.pop(CONTENT_OF_RUN)
     longer = extend and before.get("steps", 0) < options["steps"]
     same = {"steps": options["steps"]} if longer else {}
     changed = [f"{name}: {before.get(name)} then, {options.get(name)} now"
@@ -74,9 +91,19 @@ def open_run(folder, options, ranks, extend=False):
         raise ValueError(f"{folder} holds a run with other options ({'; '.join(changed)}): repeat "
                          "its options to resume it, choose another --out, or add --extend if it "
                          "is to have more steps.")
-    if same and ranks.first:
-        write_text(folder / OPTIONS, json.dumps(options, indent=1) + "\n", lasting=True)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    other = [what for what in content if held.get(what, content[what]) != content[what]]
+    if other and not accept_changes:
+        raise ValueError(f"{folder} holds a run with something else as {', '.join(other)} than is "
+                         "there now: bring that back, choose another --out, or add "
+                         "--accept-changes to go on with what is there.")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if ranks.first:
+        write_text(folder / OPTIONS, json.dumps(options | {CONTENT_OF_RUN: held | content},
+                                                indent=1) + "\n", lasting=True)
+        if other:
+            say(f"Going on although this has changed: {', '.join(other)}.")
+            Log(folder, state["step"], ranks).write({"step": state["step"], "accepted": other})
+    return state
 
 
 def begun_with(folder, name, value):
@@ -93,15 +120,19 @@ def claim(folder):
 
     It may be a rank that outlived its torchrun; both would write the same files.
     """
-    import fcntl  # which Windows does not have
-    file = HELD[folder] = open(folder / LOCK, "a+")
+    if find_spec("fcntl") is None:  # Windows
+        return
+    import fcntl
+    # A link in its place would lead elsewhere.
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    file = HELD[folder] = open(handle, "r+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its children
     except (BlockingIOError, PermissionError):
-        file.seek(0)
         raise ValueError(f"process {file.read(20) or 'of another machine'} is at work in {folder}: "
                          "wait for it or end it, then give the same command again.") from None
     except OSError:  # not all file systems have locks
+        say(f"{folder} can't be locked there: make sure that no other run writes into it.")
         return
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -111,26 +142,36 @@ def claim(folder):
 def choose_checkpoint(folder):
     """The newest whole checkpoint, or None if there never was one; says which ones are damaged."""
     there = [path for path in (folder / STATE, folder / PREVIOUS) if path.exists()]
+    faults = {}
     for path in there:
         fault = damage(path)
         if fault is None:
-            # In the damaged one's place: the next save must not keep that one as the reserve.
-            os.replace(path, folder / STATE)
-            sync(folder)
-            if path.name == PREVIOUS and len(there) == 1:
-                say(f"{folder / STATE} is missing: going back to the checkpoint before it.")
-            return folder / STATE
-        say(f"{path} is damaged ({fault}): going back to the checkpoint before it.")
+            break
+        faults[path] = fault
+    if len(faults) < len(there):
+        for damaged, fault in faults.items():
+            aside = next(name for number in range(10**6) if not os.path.lexists(
+                name := damaged.with_name(f"{damaged.stem}.damaged{number or ''}.pt")))
+            os.replace(damaged, aside)
+            say(f"{damaged} is damaged ({fault}) and is kept as {aside.name}: going back to the "
+                "checkpoint before it.")
+        if path.name == PREVIOUS and len(there) == 1:
+            say(f"{folder / STATE} is missing: going back to the checkpoint before it.")
+        os.replace(path, folder / STATE)  # so that the next save makes this one the reserve
+        sync(folder)
+        return folder / STATE
     if there:
-        raise ValueError(f"no checkpoint in {folder} is whole: bring back a copy of {STATE}, or "
-                         f"remove {' and '.join(path.name for path in there)} to begin anew.")
+        raise ValueError(f"no checkpoint in {folder} is whole "
+                         f"({'; '.join(f'{path.name}: {faults[path]}' for path in there)}): bring "
+                         f"back a copy of {STATE}, or move these aside to begin anew.")
     return None
 
 
 def damage(path):
-    """What is wrong with a checkpoint, or None: all of it is read and its checksums are tried."""
-    if not os.access(path, os.R_OK):
-        raise PermissionError(f"{path} may not be read: allow it and give the same command again.")
+    """What is wrong with a checkpoint, or None: all of it is read and its checksums are tried.
+
+    OSError where it can't be read now, which says nothing of what is in it.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type for entry in archive.infolist()):
@@ -141,9 +182,19 @@ def damage(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(state[name], kind) for name, kind in CONTENT.items()):
             return "it holds something else"
+    except (OSError, MemoryError) as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # a damaged file can make these libraries raise anything
+        if re.search("mmap|memory|Input/output", str(error)):
+            raise unreadable(path, error) from error
         return str(error).split("\n")[0] or type(error).__name__
     return None
+
+
+def unreadable(path, error):
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return OSError(f"{path} can't be read now ({reason}), which says nothing of what is in it: all "
+                   "files are left as they are; mend that and give the same command again.")
 
 
 def read_options(path):
@@ -203,6 +254,9 @@ def save(folder, step, trained, optimizer, model):
                          f"so nothing was saved: go on from the checkpoint in {folder} with a "
                          "lower --lr or in float32.")
     needed = sum(map(size, (state["trained"], state["optimizer"]["state"], model.state_dict())))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is gone: it was removed or unmounted while the run was "
+                                f"at work, so step {step} can't be saved.")
     free = shutil.disk_usage(folder).free
     full = (f"{folder} has no room for the checkpoint of step {step}: it takes {needed:,} bytes, "
             f"{free:,} are free; make room and give the same command again (the last checkpoint "
@@ -250,10 +304,23 @@ class Log:
         try:
             with open(self.path, "a") as file:
                 file.write(line)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.path.parent} is gone: it was removed or unmounted "
+                                    "while the run was at work.") from error
         except OSError as error:
             raise OSError(f"{self.path} has no room for {len(line)} bytes more ({error.strerror}): "
                           "make room and give the same command again (the last checkpoint is "
                           "untouched).") from error
+
+    def has_validation(self, step):
+        """Whether there is a row of the validation after a step, which a kill may have prevented.
+
+        True for the ranks that write no log.
+        """
+        if not self.path or not self.path.exists():
+            return not self.path
+        rows = self.path.read_text(errors="replace").splitlines()
+        return any(step_of(row) == step and '"validation"' in row for row in rows)
 
 
 def step_of(line):

@@ -21,6 +21,7 @@ def whole(path, lasting=False):
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # what is there may be a link to elsewhere
     try:
         yield temporary
         if lasting:

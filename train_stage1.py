@@ -185,7 +185,9 @@ def main():
     objective.unet.checkpoint_activations = engine.recompute_activations(
         args.checkpoint_activations, objective.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
-    state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
+    content = run_folder.content((sd2, dinov2), model, training_set, ranks)
+    state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend,
+                                content, args.accept_changes)
     first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
@@ -194,9 +196,16 @@ def main():
         training_set = cached(training_set, objective, args.cache, settings, files, dtype,
                               getattr(torch, args.cache_precision), args.workers, ranks)
     if args.compile:
-        objective.unet.compile()
+        objective.unet.compile(dynamic=False)  # anew for each size
 
     log = run_folder.Log(args.out, first, ranks)
+
+    def validate(done):
+        if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
+            check(model, held_out, args.validate_images, dtype, args.out, done, log)
+
+    if first and not log.has_validation(first):  # killed between the save and this
+        validate(first)
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
                                training_set.sizes, first, args.steps, ranks.rank, ranks.world)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
@@ -221,8 +230,7 @@ def main():
             if leave:
                 engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
-            if ranks.first and held_out and (last or done % args.validate_every == 0):
-                check(model, held_out, args.validate_images, dtype, args.out, done, log)
+            validate(done)
 
 
 if __name__ == "__main__":

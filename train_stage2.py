@@ -125,12 +125,21 @@ def main():
         args.checkpoint_activations, model.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
     model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
-    state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend)
+    content = run_folder.content((ckpt,), model, training_set, ranks)
+    state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend,
+                                content, args.accept_changes)
     first = run_folder.resume(args.out, state, model.unet, optimizer, args.steps, model)
     if args.compile:
-        model.unet.compile()
+        model.unet.compile(dynamic=False)  # anew for each size; the Fourier block stays outside
 
     log = run_folder.Log(args.out, first, ranks)
+
+    def validate(done):
+        if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
+            check(model, held_out, args.validate_images, dtype, args.out, done, log)
+
+    if first and not log.has_validation(first):  # killed between the save and this
+        validate(first)
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
                                training_set.sizes, first, args.steps, ranks.rank, ranks.world)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
@@ -155,8 +164,7 @@ def main():
             if leave:
                 engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
-            if ranks.first and held_out and (last or done % args.validate_every == 0):
-                check(model, held_out, args.validate_images, dtype, args.out, done, log)
+            validate(done)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,26 @@
 import atexit
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+from functools import partial
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 from tqdm import tqdm
 
 from data.transforms import FilteredSample
 
+SHARED, ROOM = "/dev/shm", 4 << 30  # bytes that are enough for all that workers read ahead
+LONGEST_WAIT = 600  # seconds without a sample, before something must be wrong
+LOOK_AFTER = 5  # seconds without a sample, before a loader looks whether its workers are alive
+TIMED_OUT = "DataLoader timed out"
+DEAD = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 
-def read_ahead(dataset, workers, **options):
+
+def read_ahead(dataset, workers, collate_fn=default_convert, **options):
     """What a DataLoader with these options yields; a worker's error becomes one sentence.
 
     dataset: gets a `reading`, a Reading that it may note its samples in, for a worker that dies.
@@ -20,8 +30,12 @@ def read_ahead(dataset, workers, **options):
     if not hasattr(signal, "SIGCHLD"):  # Windows: what tells of a worker's end is not there
         workers = 0
     dataset.reading = Reading(workers)
+    # Workers hand tensors over in shared memory. In a container it may be full at once, and then
+    # nothing would ever come: so they are sent as plain bytes, which costs a copy.
+    plain = bool(workers) and os.path.isdir(SHARED) and shutil.disk_usage(SHARED).free < ROOM
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
-                        **options)
+                        collate_fn=partial(as_arrays, collate_fn) if plain else collate_fn,
+                        timeout=LOOK_AFTER if workers else 0, **options)
     try:
         atexit.register(end_readers)
         batches = iter(loader)
@@ -29,16 +43,55 @@ def read_ahead(dataset, workers, **options):
         # handler the loader notices, when its next batch is wanted.
         if workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        yield from batches
+        yield from map(as_tensors, patient(batches)) if plain else patient(batches)
     except ValueError as error:
         last_line = str(error).rstrip().split("\n")[-1]
         raise ValueError(last_line.removeprefix("ValueError: ")) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
         names = " and ".join(dataset.reading.names())
+        if TIMED_OUT in str(error):
+            raise ValueError(f"nothing was read for {LONGEST_WAIT} seconds, while the processes "
+                             f"read {names}: look at that disk, or use --workers 0.") from error
+        if isinstance(error, RuntimeError) and not re.search(DEAD, str(error)):
+            error.add_note(f"This happened while {names or 'data'} was read.")
+            raise
         raise ValueError(f"a process that reads data died (out of memory?) while the processes "
                          f"read {names}: look at these, or use fewer --workers.") from error
+
+
+def patient(batches):
+    """What a loader with a timeout yields, which may take up to LONGEST_WAIT each."""
+    waited = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited += LOOK_AFTER
+            if TIMED_OUT not in str(error) or waited >= LONGEST_WAIT:
+                raise
+        else:
+            waited = 0
+            yield batch
+
+
+def as_arrays(collate, samples):
+    """What collate makes of samples, its tensors as arrays, which are sent as plain bytes."""
+    return converted(collate(samples), torch.Tensor, torch.Tensor.numpy)
+
+
+def as_tensors(batch):
+    return converted(batch, np.ndarray, torch.from_numpy)
+
+
+def converted(value, kind, function):
+    """Dicts, lists and tuples with the function applied to what is of this kind in them."""
+    if isinstance(value, dict):
+        return {key: converted(part, kind, function) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(converted(part, kind, function) for part in value)
+    return function(value) if isinstance(value, kind) else value
 
 
 def leave_signals_to_the_parent(worker):

@@ -106,6 +106,12 @@ def prepare(out, settings):
     return changed
 
 
+def check_settings(out, settings):
+    """ValueError if an evaluation with other settings has been begun in the folder meanwhile."""
+    if read_settings(out / SETTINGS) != json.loads(json.dumps(settings)):
+        raise ValueError(f"another evaluation has begun in {out}: give each its own --out.")
+
+
 def read_settings(path):
     """What an evaluation was started with. ValueError if the file can't tell."""
     try:

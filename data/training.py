@@ -1,5 +1,6 @@
 """The training set: samples of several data sets, drawn, normalised, resized and flipped."""
 
+import hashlib
 import logging
 import math
 import os
@@ -90,6 +91,15 @@ class TrainingSet(Dataset):
         raise ValueError(f"{source.root}: {MAX_REPLACEMENTS} samples in a row can't be used, the "
                          f"last being {replaced[-1].name} ({replaced[-1].reason.rstrip('.')}); "
                          "check the data set.")
+
+    def digest(self):
+        """A digest of the names of all samples, in order, which decides what each step draws."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            for index in range(len(source)):
+                digest.update(os.fsencode(source.name(index)) + b"\0")
+            digest.update(b"\0")
+        return digest.hexdigest()
 
     def largest_size(self):
         """(height, width) of the samples that take the most memory."""

@@ -48,6 +48,7 @@ class FourierEnhancement(nn.Module):
     def spatial_pass(self, n):
         return self.conv_s2(F.silu(self.conv_s1(n))) + n
 
+    @torch.compiler.disable  # what compiles the rest knows no complex numbers
     def frequency_pass(self, n):
         f = F.silu(self.conv_f1(n))
         amplitude, phase = to_polar(f)  # B,C,h,w/2+1

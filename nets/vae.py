@@ -158,7 +158,8 @@ def in_float32(conv, x, padding):
     """A convolution in float32 at least, whatever the precision around it."""
     # Deviation: released, in the networks' precision: a map has some 2,000 values in bfloat16.
     exact = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type if not x.is_meta else "cpu"  # autocast knows no meta device
+    with torch.autocast(device, enabled=False):
         return F.conv2d(x.to(exact), conv.weight.to(exact), conv.bias.to(exact), padding=padding)
 
 

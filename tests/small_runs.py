@@ -116,7 +116,7 @@ def compiled_calls(monkeypatch, train):
     """The modules whose calls go through what torch.compile made of them, once per call."""
     called = []
 
-    def stand_in(function):
+    def stand_in(function, **options):
         def counted(*arguments, **named):
             called.append(function.__self__)
             return function(*arguments, **named)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -322,3 +323,21 @@ def test_other_ranks_speak_only_when_any_may(monkeypatch, capsys):
     engine.say("from the first")
     engine.say("from any", any_rank=True)
     assert capsys.readouterr().err == "from any\n"
+
+
+@pytest.mark.parametrize("closed", ["gone", "never there"])
+def test_what_nobody_reads_is_dropped(closed, tmp_path):
+    """A program goes on, and ends well, when the one that reads what it says has ended."""
+    code = ("import engine, sys, time, tqdm\n"
+            "def main():\n"
+            "    time.sleep(0.5)\n"
+            "    bar = tqdm.tqdm(total=3, mininterval=0)\n"
+            "    for _ in range(3):\n"
+            "        engine.say('x' * 100_000), engine.tell('y' * 100_000), bar.update()\n"
+            f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+            "engine.run(main)")
+    command = f"{sys.executable} -c \"$CODE\" " + {"gone": "2>&1 | true; exit ${PIPESTATUS[0]}",
+                                                 "never there": ">&- 2>&-"}[closed]
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | {"CODE": code},
+                          timeout=60)
+    assert done.returncode == 0 and (tmp_path / "done").exists()

@@ -565,3 +565,54 @@ def test_a_missing_model_is_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: nowhere.safetensors") and result.stderr.count("\n") == 1
+
+
+def test_two_evaluations_do_not_share_a_folder(world, ckpt, tmp_path, monkeypatch, capsys):
+    """The lock is another process's."""
+    words = "--ckpt", ckpt, "--data", world / "root", "--out", tmp_path / "out"
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import run_folder, sys, pathlib\n"
+         f"run_folder.claim(pathlib.Path({str(tmp_path / 'out')!r}))\n"
+         "print('held', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(evaluate.__file__).parent)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert call(monkeypatch, *words) == 1
+        assert f"process {holder.pid} is at work in" in capsys.readouterr().err
+    finally:
+        holder.communicate()
+    assert call(monkeypatch, *words) == 0
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_opened(world, ckpt, tmp_path, monkeypatch,
+                                                          capsys):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(ckpt.read_bytes())
+    original = evaluate.open_model
+
+    def replaced(*arguments):
+        model = original(*arguments)
+        save_tiny(tmp_path / "new.safetensors")
+        os.replace(tmp_path / "new.safetensors", mine)
+        return model
+
+    monkeypatch.setattr(evaluate, "open_model", replaced)
+    words = "--ckpt", mine, "--data", world / "root", "--out", tmp_path / "out"
+    assert call(monkeypatch, *words) == 1
+    assert "mine.safetensors was replaced while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out/per_image.csv").exists()
+
+
+def test_another_evaluation_in_a_folder_without_locks(world, ckpt, tmp_path, monkeypatch, capsys):
+    original = evaluate.score_set
+
+    def overtaken(*arguments):
+        original(*arguments)
+        prepare(tmp_path / "out", {"weights": "another model's"})
+
+    monkeypatch.setattr(evaluate, "score_set", overtaken)
+    out = tmp_path / "out"
+    assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--out", out) == 1
+    assert f"another evaluation has begun in {out}" in capsys.readouterr().err
+    assert not (out / "metrics.json").exists()

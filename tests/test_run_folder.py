@@ -1,10 +1,14 @@
 """run_folder.py: what resuming finds, whatever happened to the files; the log."""
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import pickle
 import random
+import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,3 +301,89 @@ def test_a_log_without_room_names_its_path(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(OSError, match="log.jsonl has no room for 12 bytes more .No space"):
         log.write({"step": 1})
+
+
+# ---- what is there is not mixed up ----
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError(),
+                                   OSError(116, "Stale file handle")])
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, error, monkeypatch):
+    saved(tmp_path, [2, 4])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(run_folder.zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(OSError, match="state.pt can't be read now.*left as they are"):
+        found(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_kept_aside(tmp_path):
+    for number in ("", "1"):
+        saved(tmp_path, [2, 4])
+        cut(0.5)(tmp_path / "state.pt")
+        content = (tmp_path / "state.pt").read_bytes()
+        found(tmp_path)
+        assert (tmp_path / f"state.damaged{number}.pt").read_bytes() == content
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    folder = saved(tmp_path / "run", [2])
+    log = run_folder.Log(folder, 2, ALONE)
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="run is gone: it was removed or unmounted"):
+        run_folder.save(folder, 4, torch.nn.Linear(2, 1), torch.optim.Adam(
+            torch.nn.Linear(2, 1).parameters()), Model())
+    with pytest.raises(FileNotFoundError, match="run is gone"):
+        log.write({"step": 3})
+
+
+def test_a_folder_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    saved(tmp_path, [2])
+    assert "can't be locked there: make sure that no other run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".lock", "args.json", "state.pt"])
+def test_links_in_a_run_folder_lead_nowhere(tmp_path, name):
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for link in (name, f"{name}.{os.getpid()}.tmp"):
+        (tmp_path / "run" / link).symlink_to(tmp_path / "outside")
+    with contextlib.suppress(OSError, ValueError):
+        saved(tmp_path / "run", [2])
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_what_is_behind_the_options_may_not_change(tmp_path, capsys):
+    content = {"the weights sd2.safetensors": "a1", "the names of the samples": "b2"}
+    saved(tmp_path, [2])  # by a version that kept no digests
+    opened = partial(run_folder.open_run, tmp_path, OPTIONS, ALONE)
+    assert opened(content=content)["step"] == 2
+    assert opened(content=content)["step"] == 2
+    changed = content | {"the weights sd2.safetensors": "other"}
+    with pytest.raises(ValueError, match="something else as the weights sd2.safetensors than"):
+        opened(content=changed)
+    assert opened(content=changed, accept_changes=True)["step"] == 2
+    assert "Going on although this has changed: the weights sd2" in capsys.readouterr().err
+    [row] = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert row == {"step": 2, "accepted": ["the weights sd2.safetensors"]}
+    assert opened(content=changed)["step"] == 2
+    with pytest.raises(ValueError, match="other options"):
+        run_folder.open_run(tmp_path, OPTIONS | {"lr": 3}, ALONE, content=changed,
+                            accept_changes=True)
+
+
+def test_a_validation_that_was_missed_is_known(tmp_path):
+    log = run_folder.Log(tmp_path, 0, ALONE)
+    assert not log.has_validation(2)
+    log.write({"step": 2, "loss": 1.0})
+    assert not log.has_validation(2)
+    log.write({"step": 2, "validation": {}})
+    assert log.has_validation(2) and not log.has_validation(4)

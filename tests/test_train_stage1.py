@@ -236,6 +236,60 @@ def test_a_run_goes_on_with_what_auto_meant(files, tmp_path, monkeypatch, capsys
         train(monkeypatch, files, tmp_path, "--steps", 3, *options, "--precision", "float32")
 
 
+def test_weights_and_data_may_not_change_in_mid_run(files, tmp_path, monkeypatch, capsys):
+    options = ["--data", tmp_path / "pairs", "--sd2", tmp_path / "sd2.safetensors", "--steps", 2,
+               "--decay-steps", 9]
+    shutil.copytree(files / "pairs", tmp_path / "pairs")
+    shutil.copy(files / "sd2.safetensors", tmp_path / "sd2.safetensors")
+    train(monkeypatch, files, tmp_path / "run", *options)
+    more = [*options, "--steps", 3, "--extend"]
+    for kind, ending in (("rgb", "png"), ("depth", "npy")):
+        folder = tmp_path / "pairs/train" / kind
+        shutil.copy(folder / f"0.{ending}", folder / f"new.{ending}")
+    with pytest.raises(ValueError, match="something else as the names of the samples than"):
+        train(monkeypatch, files, tmp_path / "run", *more)
+    for kind, ending in (("rgb", "png"), ("depth", "npy")):
+        (tmp_path / "pairs/train" / kind / f"new.{ending}").unlink()
+    model = DepthMaster.from_file(tmp_path / "sd2.safetensors")
+    model.unet.conv_in.bias.data += 1
+    model.save(tmp_path / "sd2.safetensors")
+    with pytest.raises(ValueError, match="something else as the weights sd2.safetensors than"):
+        train(monkeypatch, files, tmp_path / "run", *more)
+    rows = train(monkeypatch, files, tmp_path / "run", *more, "--accept-changes")
+    assert {"step": 2, "accepted": ["the weights sd2.safetensors"]} in rows
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_of_which_every_step_was_skipped_fails(files, tmp_path, monkeypatch):
+    skipped = engine.Outcome(None, ["x"], ["x"])
+    monkeypatch.setattr(engine, "optimizer_step", lambda *arguments: skipped)
+    with pytest.raises(ValueError, match="all of the 4 steps were skipped.*lower --lr"):
+        train(monkeypatch, files, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_validation_that_a_kill_prevented_is_made_up_for(files, tmp_path, monkeypatch, steps):
+    def validated(rows):
+        return [row["step"] for row in rows if "validation" in row]
+
+    options = ["--steps", 4, "--decay-steps", 9]
+    original, calls = train_stage1.check, []
+
+    def killed(*arguments):
+        calls.append(arguments[5])
+        if arguments[5] == steps:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(train_stage1, "check", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, files, tmp_path, *options)
+    monkeypatch.setattr(train_stage1, "check", original)
+    assert validated(train(monkeypatch, files, tmp_path, *options)) == [2, 4]
+    assert validated(train(monkeypatch, files, tmp_path, *options)) == [2, 4]
+
+
 def test_weights_alone_are_trained_on_the_embedded_scenes(monkeypatch):
     for words, crop, steps in ((["--sd2", "x"], (96, 336), 20_000), ([], (96, 336), 590),
                                (["--data", "x"], (352, 1216), 20_000),

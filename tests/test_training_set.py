@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from hypersim_files import frame_path, scene_arrays, write_data_set, write_frame, write_split_csv
 from torch.utils.data import DataLoader
 
+from data import chunks
 from data.hypersim import Hypersim, ProcessedHypersim
 from data.pairs import FolderOfPairs
 from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
@@ -367,3 +369,40 @@ def test_a_data_set_one_level_off_is_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match="a.tar is a file: unpack it"):
         open_training_source(tmp_path / "a.tar")
+
+
+def test_without_room_in_shared_memory_samples_are_sent_as_bytes(monkeypatch):
+    monkeypatch.setattr(chunks, "SHARED", "/")
+    monkeypatch.setattr(chunks, "ROOM", 1 << 62)
+    sampler = StepBatchSampler(3, 8, 2, MIX, [SIZE, WIDE], 0, 2)
+    sent = list(read_batches(training_set(), sampler, 2, on_bad=None))
+    monkeypatch.setattr(chunks, "ROOM", 0)
+    shared = list(read_batches(training_set(), sampler, 2, on_bad=None))
+    assert len(sent) == len(shared) > 4
+    for one, other in zip(sent, shared):
+        assert one["name"] == other["name"]
+        assert all(torch.equal(one[key], other[key]) for key in ("image", "target", "valid"))
+
+
+class Breaks(Rooms):
+    def __getitem__(self, i):
+        raise RuntimeError("CUDA is unhappy" if i % 2 else "of another kind")
+
+
+def test_an_error_of_a_worker_is_not_called_its_death():
+    samples = training_set([Breaks()], probabilities=[1.0], sizes=[SIZE])
+    with pytest.raises(RuntimeError, match="CUDA is unhappy|of another kind") as caught:
+        list(chunks.read_ahead(samples, 1, batch_size=None, sampler=[0]))
+    assert "died" not in str(caught.value) and "room_" in "".join(caught.value.__notes__)
+
+
+def test_a_worker_that_gives_nothing_is_noticed(monkeypatch):
+    class Sleeps(Rooms):
+        def __getitem__(self, i):
+            time.sleep(3)
+
+    monkeypatch.setattr(chunks, "LONGEST_WAIT", 1)
+    monkeypatch.setattr(chunks, "LOOK_AFTER", 0.5)
+    samples = training_set([Sleeps()], probabilities=[1.0], sizes=[SIZE])
+    with pytest.raises(ValueError, match="nothing was read for 1 seconds.*room_.*--workers 0"):
+        list(chunks.read_ahead(samples, 1, batch_size=None, sampler=[0]))

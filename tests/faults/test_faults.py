@@ -149,10 +149,11 @@ def test_a_dying_rank_ends_the_job_with_its_own_error(files, tmp_path):
 
 def test_a_worker_that_dies_is_reported_with_its_file(files, tmp_path):
     driver = tmp_path / "driver.py"
-    driver.write_text("import os, signal, train_stage1, engine\n"
+    driver.write_text("import os, signal, time, train_stage1, engine\n"
                       "from data.pairs import FolderOfPairs\n"
                       "original = FolderOfPairs.__getitem__\n"
                       "def dies(self, i):\n    if self.name(i).endswith('3'):\n"
+                      "        time.sleep(1)  # the loader waits by then\n"
                       "        os.kill(os.getpid(), signal.SIGKILL)\n"
                       "    return original(self, i)\nFolderOfPairs.__getitem__ = dies\n"
                       "engine.run(train_stage1.main)\n")
