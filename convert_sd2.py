@@ -9,6 +9,11 @@
 Every tensor of the source is accounted for; what the file is is told by its tensors.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 from pathlib import Path
 
@@ -42,9 +47,9 @@ def main():
     if args.export and args.out is None:
         parser.error("--export needs --out FOLDER")
     if args.export:
-        print(export(args.source, args.out, dtype))
+        engine.tell(str(export(args.source, args.out, dtype)))
     else:
-        print(convert(args.source, args.out, dtype))
+        engine.tell(str(convert(args.source, args.out, dtype)))
 
 
 def convert(path, out=None, dtype=torch.float32):

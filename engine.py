@@ -6,6 +6,7 @@ It knows nothing of images: batches are dicts, objectives return named losses.
 import argparse
 import ctypes
 import gc
+import logging
 import math
 import os
 import re
@@ -21,7 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # else imported after `start`, and its defaults would hold the group
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+LONGEST_MESSAGE = 2000  # characters: what is wrong with a file may quote much of it
 
 def run(main):
     """Calls a script's main(), then leaves its job; a user's mistake becomes one sentence and 1.
@@ -29,6 +32,10 @@ def run(main):
     The libraries raise ValueError or OSError for those; FULL_TRACEBACK=1 shows where.
     """
     sys.stdout, sys.stderr = (Heard(stream) for stream in (sys.stdout, sys.stderr))
+    logging.basicConfig(handlers=[Said()])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "RANK" not in os.environ:  # torchrun's ranks may wait for each other, and would not end
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
         stop()
@@ -51,6 +58,13 @@ def run(main):
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+class Said(logging.Handler):
+    """What modules log is said, as everything that a person reads."""
+
+    def emit(self, record):
+        say(record.getMessage(), any_rank=True)
 
 
 class Heard:
@@ -87,16 +101,20 @@ def out_of_memory(error):
 def say(text, any_rank=False):
     """A line for the person who waits (standard error), from the first rank only or from any."""
     if text and (any_rank or is_first()):
-        print(printable(text), file=sys.stderr, flush=True)
+        tqdm.write(printable(text), file=sys.stderr)  # above a bar
+        sys.stderr.flush()
 
 
 def tell(text):
-    """A line of the result (standard output)."""
-    print(printable(text))
+    """Lines of the result (standard output)."""
+    for line in text.split("\n"):
+        print(printable(line))
 
 
 def printable(text):
-    """Without line breaks and what else names of files may do to a terminal."""
+    """One line, not too long, without what else names of files may do to a terminal."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2:]}"
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
@@ -142,6 +160,8 @@ def start(device="auto"):
     if device == "cuda" and not alone:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if torch.device(device).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("not one that this project runs on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} can't be used ({str(error).splitlines()[0]}): choose "

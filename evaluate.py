@@ -12,9 +12,13 @@ to standard output (AbsRel, delta and F1 in per cent), metrics.json and per_imag
 into --out. After an interruption the same command goes on.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -169,8 +173,7 @@ def score_set(name, reader, limit, score, batch, done, journal, ranks):
 
 def say_skipped(name):
     """An `on_bad` that says which image of a set is left out."""
-    return lambda image, reason: tqdm.write(
-        engine.printable(f"skipped {name}/{image}: {reason}"), file=sys.stderr)
+    return lambda image, reason: engine.say(f"skipped {name}/{image}: {reason}", any_rank=True)
 
 
 def summarise(rows, spaces, reader, limit):
@@ -216,7 +219,10 @@ def open_journal(out, settings, names, keys, ranks):
         if changed:
             engine.say(f"{out} held scores with other settings ({', '.join(changed)}); they are "
                        "replaced.")
-        Journal(out, names).merge(keys)
+        before = Journal(out, names)
+        before.merge(keys)
+        if before.lost:
+            engine.say(f"{before.lost} rows of {before.path} can't be read; they are scored again.")
     engine.wait()
     journal = Journal(out, names, ranks.rank)
     if journal.rows:
@@ -308,7 +314,7 @@ def merged_rows(name, journal, keys):
 
 def present(results, out, report):
     """Prints the table on standard output and writes the report."""
-    print("\n".join(table(results)))
+    engine.tell("\n".join(table(results)))
     engine.say(f"Written: {out / 'metrics.json'} and {out / 'per_image.csv'}.")
     if report:
         write_report(out)
@@ -318,7 +324,7 @@ def present(results, out, report):
 def main():
     args = options()
     if args.compare:
-        return print(compare(args.compare, PUBLISHED))
+        return engine.tell(compare(args.compare, PUBLISHED))
     opened = partial(open_sets, args.data, args.datasets, args.vkitti_crop, args.hypersim_split,
                      pair_options(args))
     if args.preflight:

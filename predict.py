@@ -8,8 +8,12 @@ legend). Folders are searched with all below them; pictures are turned upright a
 picture that can't be used is reported, and the others are still written (exit code 1).
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import sys
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -190,17 +194,27 @@ def predict_all(model, pictures, outputs, processing_res, batch):
             except ValueError as error:
                 paths = [pictures[name] for name in names]
                 blamed = "" if str(paths[0]) in str(error) else f"{paths[0]}: "
-                tqdm.write(engine.printable(f"left out: {blamed}{error}"), file=sys.stderr)
+                engine.say(f"left out: {blamed}{error}")
                 failed += paths
             else:
-                writing += [pool.submit(write, near, outputs[name])
+                writing += [(pictures[name], pool.submit(write, near, outputs[name]))
                             for name, near in zip(names, maps)]
             while len(writing) > batch + THREADS:
-                writing.popleft().result()
+                failed += unwritten(*writing.popleft())
             bar.update(len(names))
-        for task in writing:
-            task.result()
+        for path, task in writing:
+            failed += unwritten(path, task)
     return failed
+
+
+def unwritten(path, task):
+    """[path] of a picture whose results can't have the names that they would have, said; or []."""
+    try:
+        task.result()
+    except ValueError as error:
+        engine.say(f"left out: {error}")
+        return [path]
+    return []
 
 
 def to_sqrt_disparity(x, target):
@@ -249,7 +263,7 @@ def main():
     device = engine.start(args.device).device
     engine.keep_freed_memory(args.processing_res)
     model = open_model(args.ckpt or embedded.TRAINED, device, args.precision)
-    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: engine.say(f"warning: {message}")
     batch = args.batch or (8 if model.device.type == "cuda" else 1)
     failed = predict_all(model, pictures, outputs, args.processing_res, batch)
     engine.say(f"{len(pictures) - len(failed)} pictures predicted into {args.out}: {MEANING}."

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from engine import agreed, is_first, say
-from storage import sha256, sync, whole, write_text
+from storage import append, check_file, compressed, read_text, sha256, sync, whole, write_text
 
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
@@ -71,8 +71,6 @@ def open_run(folder, options, ranks, extend=False, content=None, accept_changes=
     if ranks.first:
         claim(folder)
         path = choose_checkpoint(folder)
-        for left in folder.glob("*.tmp"):  # by a run that was killed while saving
-            left.unlink(missing_ok=True)
     path = agreed(path)
     if path is None:
         if ranks.first:
@@ -109,7 +107,7 @@ def open_run(folder, options, ranks, extend=False, content=None, accept_changes=
 def begun_with(folder, name, value):
     """An option whose value is `auto`: what the run in a folder, if any, began with."""
     try:
-        before = json.loads((Path(folder) / OPTIONS).read_text())
+        before = json.loads(read_text(Path(folder) / OPTIONS))
         return before[name] if value == "auto" and isinstance(before[name], str) else value
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return value  # open_run says what is wrong with it
@@ -142,6 +140,8 @@ def claim(folder):
 def choose_checkpoint(folder):
     """The newest whole checkpoint, or None if there never was one; says which ones are damaged."""
     there = [path for path in (folder / STATE, folder / PREVIOUS) if path.exists()]
+    for path in (*there, *filter(Path.exists, (folder / OPTIONS, folder / LOG))):
+        check_file(path)
     faults = {}
     for path in there:
         fault = damage(path)
@@ -173,9 +173,9 @@ def damage(path):
     OSError where it can't be read now, which says nothing of what is in it.
     """
     try:
+        if compressed(path):
+            return "it is compressed, which is not how it was written"
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type for entry in archive.infolist()):
-                return "it is compressed, which is not how it was written"
             bad = archive.testzip()
         if bad is not None:
             return f"{bad} does not fit its checksum"
@@ -200,7 +200,7 @@ def unreadable(path, error):
 def read_options(path):
     """What a run was started with. ValueError if the file can't tell."""
     try:
-        options = json.loads(path.read_text())
+        options = json.loads(read_text(path))
         whole = isinstance(options, dict) and isinstance(options.get("steps", 0), int)
     except (OSError, ValueError, RecursionError):
         whole = False
@@ -254,9 +254,7 @@ def save(folder, step, trained, optimizer, model):
                          f"so nothing was saved: go on from the checkpoint in {folder} with a "
                          "lower --lr or in float32.")
     needed = sum(map(size, (state["trained"], state["optimizer"]["state"], model.state_dict())))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is gone: it was removed or unmounted while the run was "
-                                f"at work, so step {step} can't be saved.")
+    check_there(folder)
     free = shutil.disk_usage(folder).free
     full = (f"{folder} has no room for the checkpoint of step {step}: it takes {needed:,} bytes, "
             f"{free:,} are free; make room and give the same command again (the last checkpoint "
@@ -272,6 +270,12 @@ def save(folder, step, trained, optimizer, model):
                 os.replace(folder / STATE, folder / PREVIOUS)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{full} ({str(error).splitlines()[0]})") from error
+
+
+def check_there(folder):
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is gone: it was removed or unmounted while the run was "
+                                "at work.")
 
 
 def size(tensors):
@@ -297,20 +301,11 @@ class Log:
                        lasting=True)
 
     def write(self, row):
-        """Appends a row; OSError with the path and the bytes if there is no room."""
+        """Appends a row; OSError with the path if there is no room."""
         if not self.path:
             return
-        line = json.dumps(row) + "\n"
-        try:
-            with open(self.path, "a") as file:
-                file.write(line)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.path.parent} is gone: it was removed or unmounted "
-                                    "while the run was at work.") from error
-        except OSError as error:
-            raise OSError(f"{self.path} has no room for {len(line)} bytes more ({error.strerror}): "
-                          "make room and give the same command again (the last checkpoint is "
-                          "untouched).") from error
+        check_there(self.path.parent)
+        append(self.path, json.dumps(row) + "\n")
 
     def has_validation(self, step):
         """Whether there is a row of the validation after a step, which a kill may have prevented.

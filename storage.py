@@ -1,15 +1,40 @@
 """Files and folders, for every part of the project: found, known again, written whole."""
 
 import codecs
+import errno
 import hashlib
 import logging
 import os
+import platform
+import stat
+import zipfile
+import zlib
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 log = logging.getLogger(__name__)
+
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+LARGEST = 1 << 26  # bytes of a table, or of a file of settings
+
+
+def check_file(path, largest=None):
+    """ValueError unless a path is a file, of `largest` bytes at most: pipes may have no end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a file, but a folder, a pipe or a device.")
+    if largest is not None and status.st_size > largest:
+        raise ValueError(f"{path} has {status.st_size:,} bytes; no more than {largest:,} are read "
+                         "of a file of its kind.")
+
+
+def read_text(path):
+    """The text of a small file; what is no UTF-8 in it is kept, as in names of files."""
+    check_file(path, LARGEST)
+    return Path(path).read_bytes().decode(errors="surrogateescape")
 
 
 @contextmanager
@@ -20,7 +45,9 @@ def whole(path, lasting=False):
     Other processes may write the same file.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path.parent)
+    name = zlib.crc32(os.fsencode(path.name))  # short, as the file's own may be as long as can be
+    temporary = path.with_name(f".{MACHINE}-{os.getpid()}-{name:08x}.tmp")
     temporary.unlink(missing_ok=True)  # what is there may be a link to elsewhere
     try:
         yield temporary
@@ -30,10 +57,41 @@ def whole(path, lasting=False):
         if lasting:
             sync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} can't be written ({error}): make room and give the same command "
-                      "again.") from error
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise ValueError(f"{path} is a longer name than files can have: shorten it.") from error
+        raise cant_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cant_write(path, error):
+    reason = getattr(error, "strerror", None) or error
+    return OSError(f"{path} can't be written ({reason}): make room and give the same command "
+                   "again.")
+
+
+@lru_cache(maxsize=None)
+def remove_leftovers(folder):
+    """Removes what processes of this machine that were killed have left in a folder half-written.
+
+    Once for each folder; by `whole`, before it writes there.
+    """
+    for path in folder.glob(f".{MACHINE}-*-*.tmp") if os.name != "nt" else ():
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OSError):  # another's
+            pass
+
+
+def append(path, text):
+    """Adds lines to a file, at once. OSError that names the file if there is no room."""
+    try:
+        with open(path, "ab") as file:
+            file.write(text.encode(errors="surrogateescape"))
+    except OSError as error:
+        raise cant_write(path, error) from error
 
 
 def write_text(path, text, lasting=False):
@@ -55,6 +113,7 @@ def sync(path):
 
 def sha256(path):
     """The digest of a file's content, in hexadecimal."""
+    check_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -86,8 +145,18 @@ def walk(folder, above=()):
             yield from (f"{entry.name}/{path}" for path in walk(entry.path, (*above, here)))
 
 
+def compressed(path):
+    """Whether a .zip has files that have to be unpacked; PyTorch's have none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.compress_type for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False  # damaged: who reads it will say so
+
+
 def first_bytes(path):
     """Of a file, 100."""
+    check_file(path)
     with open(path, "rb") as file:
         return file.read(100)
 

@@ -9,6 +9,11 @@ a small adapter train; the autoencoder, the text and DINOv2 are frozen.
 The same command again resumes. Without --data and --sd2 it trains the embedded miniature.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import math
 from pathlib import Path

@@ -9,6 +9,11 @@ Fourier block train, gradients pass through the frozen decoder.
 The same command again resumes. Without --data it trains on the embedded miniature scenes.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import math
 from pathlib import Path

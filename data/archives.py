@@ -3,7 +3,7 @@
 import tarfile
 from pathlib import Path, PurePosixPath
 
-from data.files import check_bytes
+from data.files import blame, check_bytes
 from data.transforms import BadSample
 from storage import walk
 
@@ -21,11 +21,9 @@ class Folder:
 
     def read(self, name):
         """The bytes of a file; raises BadSample if it can't be read."""
-        try:
+        with blame(self.place(name)):
             check_bytes(self.place(name), self.place(name).stat().st_size)
             return self.place(name).read_bytes()
-        except OSError as error:
-            raise BadSample(f"{self.place(name)} can't be read: {error.strerror}.") from None
 
 
 class Tar:
@@ -51,12 +49,9 @@ class Tar:
             raise BadSample(f"{self.place(name)} is missing.")
         offset, size = self.spans[name]
         check_bytes(self.place(name), size)
-        try:
-            with open(self.root, "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise BadSample(f"{self.place(name)} can't be read: {error.strerror}.") from None
+        with blame(self.place(name)), open(self.root, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
         if len(content) != size:
             raise BadSample(f"{self.place(name)} can't be read: the archive ends before it does.")
         return content

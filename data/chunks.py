@@ -44,9 +44,6 @@ def read_ahead(dataset, workers, collate_fn=default_convert, **options):
         if workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from map(as_tensors, patient(batches)) if plain else patient(batches)
-    except ValueError as error:
-        last_line = str(error).rstrip().split("\n")[-1]
-        raise ValueError(last_line.removeprefix("ValueError: ")) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
         names = " and ".join(dataset.reading.names())
         if TIMED_OUT in str(error):
@@ -57,6 +54,10 @@ def read_ahead(dataset, workers, collate_fn=default_convert, **options):
             raise
         raise ValueError(f"a process that reads data died (out of memory?) while the processes "
                          f"read {names}: look at these, or use fewer --workers.") from error
+    except (ValueError, OSError) as error:  # a worker's comes with its traceback
+        last_line = str(error).rstrip().split("\n")[-1]
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(re.sub(r"^\w+Error: ", "", last_line)) from error
 
 
 def patient(batches):

@@ -18,11 +18,11 @@ import imageio.v3 as iio
 import numpy as np
 
 from data.transforms import BadSample
-from storage import whole
+from storage import LARGEST, check_file, whole
 
 MAX_BYTES = 2**30  # of an array
 MAX_CHUNKS = 100_000  # of a data set in HDF5
-MAX_TABLE_BYTES, MAX_COLUMNS, MAX_ENTRIES = 2**26, 200, 10_000_000
+MAX_COLUMNS, MAX_ENTRIES = 200, 10_000_000  # of a table
 # How many times its size a chunk of an HDF5 file can unpack to, by filter.
 EXPANSION = {h5py.h5z.FILTER_DEFLATE: 1040, h5py.h5z.FILTER_LZF: 100}
 HARMLESS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
@@ -32,15 +32,16 @@ HARMLESS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 def blame(path):
     """Whatever goes wrong inside is the fault of the file at `path`, and says so."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be waited for forever
-            raise BadSample(f"{path} is not a file.")
+        if os.path.exists(path):
+            check_file(path)
         yield
     except BadSample:
         raise
     except FileNotFoundError:
         raise BadSample(f"{path} is missing.") from None
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, ...
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reason = reason or type(error).__name__
         if "PngImagePlugin.MAX_TEXT" in reason:
             reason = "its texts or its colour profile take over 64 MiB, so save it without them"
         raise BadSample(f"{path} can't be read: {reason.rstrip('.')}.") from error
@@ -133,10 +134,9 @@ def read_table(path):
     around what they separate. Names of files may be no UTF-8.
     """
     rows = []
+    check_file(path, LARGEST)
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
-            if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
-                raise csv.Error(f"up to {MAX_TABLE_BYTES:,} bytes are")
             heading = file.readline()
             if "\0" in heading:
                 raise csv.Error("it is no text in UTF-8, which is")
@@ -163,7 +163,8 @@ def single_key(keys, path):
         if key in keys:
             return key
     if len(keys) != 1:
-        raise BadSample(f"{path} holds {sorted(keys)}; call the depth map 'depth'.")
+        raise BadSample(f"{path} holds {len(keys)} things ({', '.join(sorted(keys)[:3])}"
+                        f"{', ...' if keys[3:] else ''}); call the depth map 'depth'.")
     return keys[0]
 
 

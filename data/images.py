@@ -7,6 +7,7 @@ numbers in it, for depth maps. No more is decoded than Pillow's limit of 179 mil
 import io
 import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
@@ -29,6 +30,7 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
 BACK = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
         Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}  # the others undo themselves
 SIDEWAYS = {TURNS[number] for number in (5, 6, 7, 8)}
+MAX_SCANS = 100  # of a JPEG; programs write 10 or so
 STRETCHED = set()  # numbers of bits of which it was said
 # Of a PNG's texts and colour profile, which nothing here looks at, unpacked (Pillow's own: 1 MiB).
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
@@ -42,7 +44,10 @@ def open_picture(path, content=None):
     # Pillow warns of half of what it refuses.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+        picture = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+        if "progressive" in picture.info:
+            check_scans(path, content)
+        return picture
     except Image.DecompressionBombError:
         raise BadSample(f"{path} can't be read: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
                         "pixels; make it smaller, or give predict.py --max-pixels.") from None
@@ -53,6 +58,14 @@ def open_picture(path, content=None):
     what = stand_in(path, head)
     raise BadSample(f"{path} {what}." if what else f"{path} can't be read: cannot identify what "
                     "kind of picture it is.")
+
+
+def check_scans(path, content):
+    """BadSample for a progressive JPEG of many scans, each of which is decoded in full size."""
+    scans = (Path(path).read_bytes() if content is None else content).count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise BadSample(f"{path} is a JPEG of {scans:,} scans, and no more than {MAX_SCANS} are "
+                        "read: save it again.")
 
 
 def open_heic(path, content):

@@ -22,7 +22,7 @@ from data.files import read_npy, read_npz, write_npy, write_png
 from data.images import read_picture, read_rgb
 from data.pairs import read_depth
 from data.transforms import BadSample, check_same_size
-from storage import walk
+from storage import read_text, walk
 
 # TUM's cameras aren't synchronised: its own tool pairs pictures less than this apart.
 TUM_MAX_SECONDS_APART = 0.02
@@ -148,7 +148,7 @@ def middlebury(folder):
 
 def read_calibration(path):
     """(baseline in mm, focal length in pixels, doffs in pixels) from Middlebury's calib.txt."""
-    text = path.read_text()
+    text = read_text(path)
     found = [re.search(pattern, text) for pattern in
              (r"baseline=([\d.]+)", r"cam0=\[([\d.]+)", r"doffs=([\d.]+)")]
     if not all(found):

@@ -9,6 +9,7 @@ filter rejects, and files that can't be read (which the next run tries again).
 
 import argparse
 import csv
+import io
 import logging
 import os
 import sys
@@ -23,7 +24,7 @@ from data.chunks import read_ahead
 from data.files import write_png
 from data.hypersim import PUBLISHED_COUNTS, SPLITS, Hypersim, are_present, depth_of
 from data.transforms import BadSample, FilteredSample
-from storage import whole
+from storage import append, read_text, write_text
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +61,11 @@ def prepare(raw, out, splits, workers):
             if not is_finished and not was_filtered(dropped, split, readers[split].name(i))]
     converted = read_ahead(Conversion(readers, out, todo), workers, batch_size=None)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / REPORT, "a", newline="") as file:  # so that a run that is killed loses nothing
-        rows = csv.writer(file)
-        for split, frame, kind, reason in tqdm(converted, "converting", len(todo), file=sys.stderr):
-            dropped.pop((split, frame), None)
-            if kind:
-                dropped[split, frame] = (kind, reason)
-                rows.writerow((split, frame, kind, reason))
-                file.flush()
+    for split, frame, kind, reason in tqdm(converted, "converting", len(todo), file=sys.stderr):
+        dropped.pop((split, frame), None)
+        if kind:
+            dropped[split, frame] = (kind, reason)
+            append(out / REPORT, as_csv([(split, frame, kind, reason)]))  # a killed run keeps it
     write_report(out, dropped)
     print_counts(readers, dropped, pairs, are_finished(out, readers, pairs))
 
@@ -142,8 +140,8 @@ def read_report(out):
     """{(split, frame): (kind, reason)} of what earlier runs dropped."""
     if not (out / REPORT).exists():
         return {}
-    with open(out / REPORT, newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]  # a cut line is no row
+    lines = csv.reader(io.StringIO(read_text(out / REPORT), newline=""))
+    rows = [row for row in lines if len(row) == len(COLUMNS)]  # a cut line is no row
     return {(split, frame): (kind, reason) for split, frame, kind, reason in rows
             if kind in (FILTERED, BAD)}
 
@@ -153,10 +151,13 @@ def was_filtered(dropped, split, frame):
 
 
 def write_report(out, dropped):
-    with whole(out / REPORT) as temporary, open(temporary, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        rows.writerows(key + dropped[key] for key in sorted(dropped))
+    write_text(out / REPORT, as_csv([COLUMNS, *(key + dropped[key] for key in sorted(dropped))]))
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def print_counts(readers, dropped, pairs, finished):

@@ -7,15 +7,17 @@ of its own; they are brought together when an evaluation is opened and when it e
 import csv
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
-from storage import write_text
+from storage import append, read_text, write_text
 
 PICTURES = "pictures"  # of the report: a folder
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
 KEY = ("dataset", "image")
 WORDS = (*KEY, "unfitted")  # columns that hold no number
+FORMULA = tuple("=+-@\t\r'")  # beginnings of what spreadsheets compute; ' says that it is text
 
 
 class Journal:
@@ -25,63 +27,87 @@ class Journal:
         """columns: those after `dataset` and `image`. The rows that are there are read."""
         self.out, self.columns = Path(out), (*KEY, *columns)
         self.path = self.out / (PER_IMAGE if rank == 0 else f"per_image.rank{rank}.csv")
-        self.rows = read_rows(self.out / PER_IMAGE, self.columns)
+        self.lost = 0  # rows that can't be read, which are scored again
+        self.rows = self.read(self.out / PER_IMAGE)
+
+    def read(self, path):
+        """The rows of a file; what was cut off or is damaged is left out."""
+        if not path.exists():
+            return {}
+        text = read_text(path)
+        whole, _, cut = text.rpartition("\n")
+        rows = table(whole)
+        sound = [row for row in rows if row.keys() == set(self.columns) and numeric(row)]
+        self.lost += len(rows) - len(sound) + bool(cut)
+        return {tuple(row[name] for name in KEY): row for row in sound}
 
     def add(self, dataset, image, values):
-        """Appends a row; a program that is killed afterwards has not lost it.
-
-        OSError with the path if there is no room.
-        """
-        row = dict(zip(self.columns, (dataset, image, *map(text, values)), strict=True))
+        """Appends a row; a program that is killed afterwards has not lost it."""
+        values = (value if isinstance(value, str) else repr(value) for value in values)
+        row = dict(zip(self.columns, (dataset, image, *values), strict=True))
         self.rows[dataset, image] = row
-        line = io.StringIO()
-        if not self.path.exists():
-            csv.writer(line).writerow(self.columns)
-        csv.writer(line).writerow(row.values())
-        try:
-            with open(self.path, "ab") as file:
-                file.write(line.getvalue().encode(errors="surrogateescape"))
-        except OSError as error:
-            raise OSError(f"{self.path} can't be written ({error.strerror}): make room and give "
-                          "the same command again (the scores so far are kept).") from error
+        append(self.path, self.lines([row], heading=not self.path.exists()))
+
+    def lines(self, rows, heading=True):
+        """Rows as CSV; names are written so that a spreadsheet takes them for text."""
+        text = io.StringIO()
+        if heading:
+            csv.writer(text).writerow(self.columns)
+        for row in rows:
+            name = row["image"]
+            row = {**row, "image": f"'{name}" if name.startswith(FORMULA) else name}
+            csv.writer(text).writerow(row.values())
+        return text.getvalue()
 
     def merge(self, keys):
         """Brings the ranks' files together into one: the rows of these keys, in their order."""
         for path in sorted(self.out.glob("per_image.rank*.csv")):
-            self.rows |= read_rows(path, self.columns)
+            self.rows |= self.read(path)
         self.rows = {key: self.rows[key] for key in keys if key in self.rows}
-        lines = io.StringIO()
-        csv.writer(lines).writerow(self.columns)
-        csv.writer(lines).writerows(row.values() for row in self.rows.values())
-        write_text(self.out / PER_IMAGE, lines.getvalue())
+        write_text(self.out / PER_IMAGE, self.lines(self.rows.values()))
         for path in self.out.glob("per_image.rank*.csv"):
             path.unlink()
 
 
-def text(value):
-    """A value as a cell: of a float all its digits."""
-    return value if isinstance(value, str) else repr(value)
-
-
-def read_rows(path, columns):
-    """The complete rows of a journal; what was cut off or holds no number is scored again."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes().decode(errors="surrogateescape")
-    whole = content[:content.rfind("\n") + 1]
-    rows = [row for row in csv.reader(io.StringIO(whole, newline="")) if len(row) == len(columns)]
-    rows = [dict(zip(columns, row)) for row in rows[1:]]
-    return {tuple(row[name] for name in KEY): row for row in rows if numeric(row)}
+def table(text):
+    """CSV -> a dict for each row, up to what can't be read."""
+    rows = []
+    try:
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            row["image"] = (row.get("image") or "").removeprefix("'")
+            rows.append(row)
+    except csv.Error:  # the rest is lost, too
+        rows.append({})
+    return rows
 
 
 def numeric(row):
-    """Whether all scores and sizes of a row are numbers."""
+    """Whether all scores and sizes of a row are finite numbers."""
     try:
-        for name in row.keys() - WORDS:
-            float(row[name])
-    except ValueError:
+        return all(math.isfinite(float(row[name])) for name in row.keys() - WORDS)
+    except (ValueError, TypeError):
         return False
-    return True
+
+
+def read_results(out):
+    """Of a finished evaluation, metrics.json by set and per_image.csv as a list of dicts.
+
+    FileNotFoundError where there is none, ValueError where one of them is damaged.
+    """
+    out = Path(out)
+    for name in (METRICS, PER_IMAGE):
+        if not (out / name).is_file():
+            raise FileNotFoundError(f"{out} holds no {name}: give the --out folder of a finished "
+                                    "evaluation.")
+    try:
+        results, rows = json.loads(read_text(out / METRICS)), table(read_text(out / PER_IMAGE))
+        whole = all(isinstance(found, dict) for found in results.values()) and rows and all(
+            "dataset" in row and numeric(row) for row in rows)
+    except (ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{out} holds a damaged {METRICS} or {PER_IMAGE}: run evaluate.py again.")
+    return results, rows
 
 
 def prepare(out, settings):
@@ -115,7 +141,7 @@ def check_settings(out, settings):
 def read_settings(path):
     """What an evaluation was started with. ValueError if the file can't tell."""
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(read_text(path))
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):

@@ -1,12 +1,8 @@
 """Puts the results of several evaluations side by side, with intervals and a paired test."""
 
-import csv
-import json
-from pathlib import Path
-
 import numpy as np
 
-from data.results import METRICS, PER_IMAGE
+from data.results import read_results
 
 SHOWN = {"abs_rel": "AbsRel", "delta1": "d1", "boundary_f1": "F1"}
 PROTOCOL = ("align", "align_negative", "f1_mask", "f1_resolution")
@@ -20,7 +16,7 @@ def compare(folders, published):
     (AbsRel, delta1)}} as fractions. Only images that all have are compared. Raises ValueError where
     nothing can be compared, FileNotFoundError where there are no results.
     """
-    results = [(folder, *read(Path(folder))) for folder in dict.fromkeys(folders)]
+    results = [(folder, *read(folder)) for folder in dict.fromkeys(folders)]
     sets = [name for name in results[0][1] if all(name in found for _, found, _ in results)]
     if not sets:
         raise ValueError(f"{', '.join(map(str, folders))} have no data set in common: evaluate "
@@ -29,22 +25,15 @@ def compare(folders, published):
 
 
 def read(folder):
-    """metrics.json, and per_image.csv as {set: {image: {score: number}}}."""
-    for file in (METRICS, PER_IMAGE):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}: give the --out folders of finished "
-                                    "evaluations.")
+    """What evaluate.py found, and {set: {image: {score: number}}}."""
+    results, rows = read_results(folder)
+    images = {name: {} for name in results}
     try:
-        results = json.loads((folder / METRICS).read_text())
-        images = {name: {} for name in results}
-        with open(folder / PER_IMAGE, newline="", encoding="utf-8",
-                  errors="surrogateescape") as file:
-            for row in csv.DictReader(file):
-                scores = {score: float(row[score]) for score in SHOWN}
-                images.setdefault(row["dataset"], {})[row["image"]] = scores
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{folder} holds a damaged {METRICS} or {PER_IMAGE} ({error}): run "
-                         "evaluate.py again.") from error
+        for row in rows:
+            scores = {score: float(row[score]) for score in SHOWN}
+            images.setdefault(row["dataset"], {})[row["image"]] = scores
+    except KeyError as error:
+        raise ValueError(f"{folder} holds scores without {error}: run evaluate.py again.") from None
     return results, images
 
 

@@ -1,7 +1,6 @@
 """A page to look at an evaluation with: the scores, how they were made, every image's pictures."""
 
 import base64
-import csv
 import json
 import math
 from collections import Counter
@@ -12,6 +11,7 @@ from PIL import Image
 
 from data.benchmarks import BENCHMARKS
 from data.pictures import ERROR_MAX, colourise, nearness
+from data.results import read_results
 from extras.table import describe_count
 from storage import whole
 
@@ -77,16 +77,14 @@ def write_report(out):
     are not there or do not belong together; an image without pictures is shown without.
     """
     out = Path(out)
-    results, images = read_results(out / "metrics.json"), read_images(out / "per_image.csv")
+    results, images = read_results(out)
     counts = Counter(image["dataset"] for image in images)
-    if counts != {name: result["images"] for name, result in results.items()}:
+    if counts != {name: result.get("images") for name, result in results.items()}:
         raise ValueError(f"metrics.json and per_image.csv in {out} are not of one evaluation.")
-    page = dict(
-        sets=list(results), scores=scores_table(results), published=published_table(results),
-        ways=[dict(set=name, lines=list(describe(name, results[name]))) for name in results],
-        columns=[dict(zip(("key", "head", "unit", "digits", "higher_is_better", "factor"),
-                          (key, *column, factor_of(key)))) for key, column in COLUMNS.items()],
-        brightest=f"{ERROR_MAX:.0%}")
+    try:
+        images, page = list(map(scores_of, images)), contents(results)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{out} holds results without {error}: run evaluate.py again.") from error
     before, after = TEMPLATE.read_text(encoding="utf-8").split("{{data}}")
     with whole(out / "report.html") as part, open(part, "w", encoding="utf-8") as file:
         file.write(before + as_json(page).removesuffix("}") + ', "images": [\n')
@@ -94,6 +92,16 @@ def write_report(out):
             pictures = read_pictures(out / "pictures" / image["dataset"] / image["image"])
             file.write((",\n" if index else "") + as_json({**image, "pictures": pictures}))
         file.write("\n]}" + after)
+
+
+def contents(results):
+    """What the page shows but for the images."""
+    return dict(
+        sets=list(results), scores=scores_table(results), published=published_table(results),
+        ways=[dict(set=name, lines=list(describe(name, results[name]))) for name in results],
+        columns=[dict(zip(("key", "head", "unit", "digits", "higher_is_better", "factor"),
+                          (key, *column, factor_of(key)))) for key, column in COLUMNS.items()],
+        brightest=f"{ERROR_MAX:.0%}")
 
 
 def save_pictures(out, dataset, sample, pred_m):
@@ -133,34 +141,10 @@ def as_json(value):
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
-def read_results(path):
-    """metrics.json -> {set: what evaluate.py found}."""
-    check_there(path)
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run evaluate.py again.") from error
-
-
-def read_images(path):
-    """per_image.csv -> [{dataset, image, score: number}]."""
-    check_there(path)
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        images = [{"dataset": row["dataset"], "image": row["image"],
-                   **{key: float(row[key]) for key in COLUMNS}} for row in rows]
-    except (ValueError, KeyError, TypeError):
-        images = []
-    if not images:
-        raise ValueError(f"{path} does not hold the scores of images: run evaluate.py again.")
-    return images
-
-
-def check_there(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there, but a report is made of what evaluate.py "
-                                "writes: give the folder of its --out.")
+def scores_of(row):
+    """A row of per_image.csv as {dataset, image, score: number}."""
+    return {"dataset": row["dataset"], "image": row["image"],
+            **{key: float(row[key]) for key in COLUMNS}}
 
 
 def has_pictures(out, dataset, image):

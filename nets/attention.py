@@ -24,6 +24,12 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def check_heads(width, heads):
+    """ValueError if a width can't be shared by so many heads."""
+    if width % heads:
+        raise ValueError(f"a width of {width} can't be shared by {heads} heads")
+
+
 @cache
 def without_tiles():
     """Whether this processor multiplies bfloat16, but not in tiles."""

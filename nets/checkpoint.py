@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nets.sizes import is_size
 from storage import stand_in, whole
 
 FORMAT = 1
+USE = {"target", "train_size", "processing_res"}  # of a config: what is no network's size
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
 KEY = "depthmaster"
 MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
@@ -27,7 +29,6 @@ DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: 
           torch.float64: "F64", torch.int64: "I64"}
 TARGETS = ("sqrt_disparity", "disparity", "depth")
 LONGEST = (8, 8192)  # sides that an image may have in training and prediction
-REPEATED = {"layers", "depth"}  # sizes that count parts of a network
 PART = 1 << 27  # bytes that are converted before a file is mapped anew
 PIECE = 1 << 17  # numbers that are converted and rearranged while they are in the cache
 
@@ -120,9 +121,11 @@ def parsed(text, path):
     try:
         header = json.loads(text)
         config = header["config"]
-        whole = isinstance(config, dict) and modest(config) and usable(config) and all(
-            isinstance(header[name], kind) for name, kind in ENTRIES.items())
-    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = usable(config) and all(
+            isinstance(header[name], kind) for name, kind in ENTRIES.items()) and all(
+            is_size(name, value) for network in networks(config)
+            for name, value in network.items() if network is not config or name not in USE)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} has a damaged header: convert or copy it again.")
@@ -134,19 +137,12 @@ def usable(config):
     height, width = config.get("train_size", (LONGEST[0], LONGEST[0]))
     sides = (height, width, config.get("processing_res", LONGEST[0]))
     return config.get("target", TARGETS[0]) in TARGETS and all(
-        isinstance(side, int) and LONGEST[0] <= side <= LONGEST[1] for side in sides)
+        type(side) is int and LONGEST[0] <= side <= LONGEST[1] for side in sides)
 
 
-def modest(value, depth=4):
-    """Whether plain values could be a network's sizes, which building it relies on."""
-    if isinstance(value, dict):
-        counts = [value[name] for name in REPEATED & value.keys()]
-        if not all(isinstance(count, int) and count <= 100 for count in counts):
-            return False
-        value = list(value.values())
-    if isinstance(value, list):
-        return depth > 0 and len(value) <= 32 and all(modest(part, depth - 1) for part in value)
-    return value is None or isinstance(value, str) or 0 <= value <= 100_000
+def networks(config):
+    """The sizes of each network of a model, dicts."""
+    return [config[name] for name in ("vae", "unet") if name in config] or [config]
 
 
 def build(constructor, config, path, device="cpu", dtype=None):
@@ -155,7 +151,13 @@ def build(constructor, config, path, device="cpu", dtype=None):
     The module is made on the meta device and the file is mapped, so that neither 866 M random
     numbers are drawn nor the weights held twice. dtype None: float32.
     """
+    with open_weights(path) as file:
+        names = file.keys()
+    least = sum(max(len(each.get("channels", ())) * each.get("layers", 1), each.get("depth", 0))
+                for each in networks(config))
     try:
+        if least > len(names):  # building it could take long
+            raise ValueError(f"it has {len(names)} tensors")
         with torch.device("meta"):
             module = constructor(**config)
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError, AttributeError,
@@ -163,8 +165,6 @@ def build(constructor, config, path, device="cpu", dtype=None):
         raise ValueError(f"{path} describes a model that can't be built ({error}): convert or copy "
                          "it again.") from error
     expected = module.state_dict()
-    with open_weights(path) as file:
-        names = file.keys()
     if set(names) != set(expected):
         odd = sorted(set(names) ^ set(expected))
         raise ValueError(f"{path} does not fit the model that its header describes: "

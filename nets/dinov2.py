@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import checkpoint
-from nets.attention import attention
+from nets.attention import attention, check_heads
 
 
 class PatchEmbedding(nn.Module):
@@ -24,6 +24,7 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
+        check_heads(width, heads)
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)

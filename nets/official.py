@@ -84,15 +84,15 @@ def fit(part, dtype=torch.float32):
               if ours[name]}
     try:
         found = sizes(part.net, shapes, part.settings)
-        if not checkpoint.modest(found):
-            raise ValueError(f"{found} are no network's sizes: it or its config.json is damaged.")
-        with torch.device("meta"):
-            expected = NETWORKS[part.net](**found).state_dict()
     except KeyError as error:
         raise mismatch(part.origin, missing=layouts.their_names(error.args[0], layout)) from None
     except ValueError as error:
         raise ValueError(f"{part.origin}: {error}") from None
-    except (TypeError, ArithmeticError, LookupError, RuntimeError, AttributeError) as error:
+    try:
+        with torch.device("meta"):
+            expected = NETWORKS[part.net](**found).state_dict()
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError,
+            AttributeError) as error:
         raise ValueError(f"{part.origin}: its tensors or its config.json describe no network that "
                          f"can be built ({error}): download both again.") from None
     expected.pop("text_embedding", None)  # a constant of ours, filled later

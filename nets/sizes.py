@@ -48,24 +48,24 @@ def sizes(net, shapes, settings):
                              f"built here has {value}: it is another model's.")
     given = {ours: settings[theirs] for ours, theirs in SETTINGS[net].items()
              if settings.get(theirs) is not None}
-    for name, value in given.items():
-        if not is_size(name, value):
-            raise ValueError(f"config.json says {SETTINGS[net][name]} = {value}, which can't be: "
-                             "download it again.")
     if net == "unet" and "down_block_types" in settings:
         given["attention"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
     measure = {"unet": unet_sizes, "vae": vae_sizes, "text": text_sizes, "dinov2": dinov2_sizes}
     found = {**measure[net](shapes), **given}
+    for name, value in found.items():
+        if not is_size(name, value):
+            theirs = SETTINGS[net].get(name, name)
+            raise ValueError(f"config.json says {theirs} = {value}, which can't be: download it "
+                             "again." if name in given else f"{name} = {value} can't be: it is "
+                             "damaged.")
     if net == "unet":
         found["heads"] = found.get("heads") or [head_count(c) for c in found["channels"]]
         if isinstance(found["heads"], int):
             found["heads"] = [found["heads"]] * len(found["channels"])
-        check_levels(found["channels"], found["heads"], found["attention"])
+        if not len(found["channels"]) == len(found["heads"]) == len(found["attention"]):
+            raise ValueError("the levels of config.json do not fit one another.")
     elif net != "vae":
         found["heads"] = found.get("heads") or head_count(found["width"])
-        if found["width"] % found["heads"]:
-            raise ValueError(f"a width of {found['width']} can't have {found['heads']} heads: "
-                             "config.json is of another model.")
     if any(width % found["groups"] for width in found.get("channels", ())):
         raise ValueError(f"the widths {found['channels']} are no multiples of {found['groups']} "
                          "groups: config.json is missing beside the weights, or of another model.")
@@ -73,9 +73,11 @@ def sizes(net, shapes, settings):
 
 
 def is_size(name, value):
-    """Whether a setting can be one of our constructors' keywords of this name."""
-    if name == "swiglu":
+    """Whether a value can be that of one of our constructors' keywords."""
+    if name in ("swiglu", "fourier"):
         return isinstance(value, bool)
+    if name == "attention":
+        return isinstance(value, list) and all(isinstance(part, bool) for part in value)
     if name == "scaling_factor":
         return type(value) in (int, float) and 0 < value < math.inf
     listed = {"channels": (True,), "heads": (True, False)}.get(name, (False,))
@@ -83,13 +85,6 @@ def is_size(name, value):
     limit = 256 if name in ("layers", "depth") else 100_000  # what a network could have
     return isinstance(value, list) in listed and 0 < len(values) <= 32 and all(
         type(part) is int and 0 < part <= limit for part in values)
-
-
-def check_levels(channels, heads, attention):
-    same = len(channels) == len(heads) == len(attention)
-    if not same or any(c % h for c, h in zip(channels, heads)):
-        raise ValueError(f"the levels' widths {channels}, numbers of heads {heads} and attention "
-                         f"{attention} do not fit one another: config.json is of another model.")
 
 
 def head_count(width):

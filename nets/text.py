@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from nets.attention import check_heads
+
 EMPTY_PROMPT = (49406, 49407)  # start and end of text, without padding
 
 
@@ -17,6 +19,7 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        check_heads(width, heads)
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)

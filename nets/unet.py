@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from nets import recompute
-from nets.attention import attention
+from nets.attention import attention, check_heads
 from nets.enlarge import enlarge
 from nets.fourier import FourierEnhancement
 
@@ -68,6 +68,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels, context_width, heads):
         super().__init__()
+        check_heads(channels, heads)
         self.heads = heads
         self.q = nn.Linear(channels, channels, bias=False)
         self.k = nn.Linear(context_width, channels, bias=False)

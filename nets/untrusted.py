@@ -7,12 +7,13 @@ that names the file and says what to do.
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
 from nets import checkpoint
-from storage import first_bytes, stand_in
+from storage import LARGEST, check_file, compressed, first_bytes, stand_in
 
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
@@ -53,6 +54,7 @@ def read_settings(file):
 def read_json(file):
     """What a file of JSON holds, in any of its encodings; ValueError if it is none."""
     try:
+        check_file(file, LARGEST)
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         what = stand_in(file) or f"is not valid JSON ({error}): download it again"
@@ -115,7 +117,11 @@ def read_shards(index):
 def read_pickle(file):
     """{name: tensor} of a pickle; nothing but tensors and plain containers is ever unpickled."""
     misnamed = file.name.endswith(".safetensors")  # the library goes by the name, where it has one
-    mapped = first_bytes(file).startswith(b"PK") and not misnamed  # before torch 1.6 it was no zip
+    archive = zipfile.is_zipfile(file)  # before torch 1.6 it was none
+    mapped = archive and not misnamed
+    if archive and compressed(file):
+        raise ValueError(f"{file} is compressed, which no file of PyTorch is, and could unpack to "
+                         "any size: download it again, or unpack it if it is an archive.")
     try:
         with (warnings.catch_warnings(action="ignore"),  # of odd protocols, of sparse tensors
               open(file, "rb") as opened):

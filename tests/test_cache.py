@@ -80,15 +80,16 @@ def test_ranks_share_the_work(cached):
     assert len(seen) == 6  # of 8, two are bad
 
 
-def test_it_is_sized_before_it_starts(cached, capsys, monkeypatch):
+def test_it_is_sized_before_it_starts(cached, caplog, monkeypatch):
     cached.sources = cached.sources * 2  # the second one's size is twice the first's
     cached.sizes = [(16, 24), (32, 24)]
     monkeypatch.setattr(cache, "BLOCK", 1)
     fill(cached, frozen, torch.float32, workers=0)
     one = 4 * 6 + 1  # six values and a cell; twice that in the second one, and a block begun
-    assert f"will take {8 * (one + 1) + 8 * (2 * one + 1):,} bytes more" in capsys.readouterr().err
+    assert f"will take {8 * (one + 1) + 8 * (2 * one + 1):,} bytes more" in caplog.text
+    caplog.clear()
     fill(cached, frozen, torch.float32, workers=0)
-    assert "will take" not in capsys.readouterr().err  # nothing is missing
+    assert "will take" not in caplog.text  # nothing is missing
 
 
 def test_what_does_not_fit_is_refused_after_the_first_entry(cached, monkeypatch):
@@ -100,7 +101,7 @@ def test_what_does_not_fit_is_refused_after_the_first_entry(cached, monkeypatch)
 
 
 def test_a_full_disk_leaves_no_half_entry(cached, monkeypatch):
-    def full(tensors, path):
+    def full(tensors, path, *metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -111,12 +112,37 @@ def test_a_full_disk_leaves_no_half_entry(cached, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", None])
-def test_a_damaged_entry_is_named(cached, content):
+def test_an_entry_that_is_damaged_while_it_is_used_is_named(cached, content):
     fill(cached, frozen, torch.float32, workers=0)
     for path in (cached.folder / "0").iterdir():
         path.write_bytes(content) if content is not None else path.unlink()
     with pytest.raises(ValueError, match="rgb%2F.* in the cache is missing or damaged"):
         cached[0]
+
+
+def test_damaged_entries_are_computed_again_and_counted(cached, caplog):
+    """A bit that is wrong anywhere, blocks of zeros and what was cut off."""
+    fill(cached, frozen, torch.float32, workers=0)
+    folder = cached.folder / "0"
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    paths = sorted(path for path in kept if path.suffix == ".safetensors")
+    for place in range(0, len(kept[paths[0]]), 7):
+        content = bytearray(kept[paths[0]])
+        content[place] ^= 1 << place % 8
+        paths[0].write_bytes(content)
+        paths[1].write_bytes(bytes(len(kept[paths[1]])))
+        paths[2].write_bytes(kept[paths[2]][:place])
+        caplog.clear()
+        fill(cached, frozen, torch.float32, workers=0)
+        assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+        assert "3 entries of the cache were damaged" in caplog.text
+
+
+def test_names_may_be_as_long_as_those_of_files_in_deep_folders(cached):
+    name = "/".join(["n" * 240] * 3)
+    cached.sources[0].name = lambda index: f"{name}{index}"
+    fill(cached, frozen, torch.float32, workers=0)
+    assert len(entries(cached)) == 8 and cached[0]["name"].startswith(name)
 
 
 def test_fingerprint_depends_on_settings_and_contents(tmp_path):

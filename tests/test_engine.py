@@ -1,6 +1,7 @@
 """engine.py: the learning rate, the step over micro-batches, devices, options."""
 
 import argparse
+import logging
 import math
 import os
 import platform
@@ -290,9 +291,10 @@ def test_activations_are_recomputed_where_they_would_not_fit(monkeypatch, capsys
     assert 2**28 < engine.free_memory(torch.device("cpu")) < 2**50
 
 
-def test_a_device_that_is_not_there_is_one_sentence():
-    with pytest.raises(ValueError, match="--device nonsense can't be used"):
-        engine.start("nonsense")
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_a_device_that_is_not_there_is_one_sentence(device):
+    with pytest.raises(ValueError, match=f"--device {device} can't be used"):
+        engine.start(device)
 
 
 @pytest.mark.parametrize("kind, good, bad", [
@@ -341,3 +343,12 @@ def test_what_nobody_reads_is_dropped(closed, tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | {"CODE": code},
                           timeout=60)
     assert done.returncode == 0 and (tmp_path / "done").exists()
+
+
+def test_what_modules_log_is_printable_and_short(capsys):
+    log = logging.Logger("alone")
+    log.addHandler(engine.Said())
+    log.warning("%s is odd: %s", "a\x1b[2J\nerror: b", "x" * 100_000)
+    said = capsys.readouterr().err
+    assert said.startswith("a?[2J?error: b is odd: xxx") and said.count("\n") == 1
+    assert len(said) < 2100

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from data.benchmarks import BENCHMARKS, find_benchmarks
 from data.pairs import FolderOfPairs
 from data.results import Journal, prepare
 from data.transforms import normalise_target
+from extras.report import write_report
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from test_metrics import boxes, noisy, numpy_score
@@ -616,3 +618,52 @@ def test_another_evaluation_in_a_folder_without_locks(world, ckpt, tmp_path, mon
     assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--out", out) == 1
     assert f"another evaluation has begun in {out}" in capsys.readouterr().err
     assert not (out / "metrics.json").exists()
+
+
+def damaged_block(content):
+    return content[:200] + bytes(100) + content[300:]
+
+
+@pytest.mark.parametrize("damage", [
+    damaged_block, lambda content: content.replace(b"0.", b"0x", 1),
+    lambda content: content.replace(b"pairs", b'"airs', 1),
+    lambda content: content.replace(b"\n", b"\n\"" + 200_000 * b"x", 1),
+    lambda content: content.replace(b"abs_rel", b"abs_rem", 1), lambda content: bytes(len(content)),
+    lambda content: re.sub(rb"0\.\d+", b"nan", content, count=1)])
+def test_rows_that_can_not_be_read_are_scored_again(damage, world, ckpt, tmp_path, monkeypatch,
+                                                    capsys):
+    words = "--ckpt", ckpt, "--data", world / "root", "--out", tmp_path / "out"
+    assert call(monkeypatch, *words) == 0
+    kept = {name: (tmp_path / "out" / name).read_bytes()
+            for name in ("per_image.csv", "metrics.json")}
+    path = tmp_path / "out/per_image.csv"
+    path.write_bytes(damage(kept["per_image.csv"]))
+    capsys.readouterr()
+    assert call(monkeypatch, *words) == 0
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in kept} == kept
+    assert "can't be read; they are scored again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['{"pairs": []}', "[]", "\0\0", "[" * 99_999])
+def test_a_damaged_table_of_scores_is_one_sentence(content, world, ckpt, tmp_path, monkeypatch,
+                                                   capsys):
+    words = "--ckpt", ckpt, "--data", world / "root", "--out", tmp_path / "out"
+    assert call(monkeypatch, *words) == 0
+    (tmp_path / "out/metrics.json").write_text(content)
+    capsys.readouterr()
+    assert call(monkeypatch, "--compare", tmp_path / "out", tmp_path / "out") == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'out'} holds ")
+    with pytest.raises(ValueError, match="run evaluate.py again|not of one evaluation"):
+        write_report(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1", "@x", "'quoted", "plain"])
+def test_names_are_text_for_a_spreadsheet(name, tmp_path):
+    journal = Journal(tmp_path, ["abs_rel"])
+    journal.add("pairs", name, [0.5])
+    cell = (tmp_path / "per_image.csv").read_text().splitlines()[1].split(",")[1]
+    assert cell == (name if name == "plain" else f"'{name}")
+    again = Journal(tmp_path, ["abs_rel"])
+    assert again.rows == journal.rows and not again.lost
+    again.merge([("pairs", name)])
+    assert Journal(tmp_path, ["abs_rel"]).rows == journal.rows

@@ -6,7 +6,9 @@ import os
 import pickle
 import random
 import resource
+import signal
 import struct
+import subprocess
 import tarfile
 import zipfile
 import zlib
@@ -19,8 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import engine
+import run_folder
 from convert_sd2 import convert
-from data import files
+from data import files, results
 from data.archives import Folder, Tar
 from data.hypersim import Hypersim
 from data.images import read_picture, read_png16, read_rgb
@@ -30,6 +34,7 @@ from data.zeroshot import ZeroShot
 from nets import checkpoint
 from nets.depthmaster import DepthMaster
 from nets.official import open_source
+from nets.untrusted import read_settings, read_tensors
 from tests.fixtures.sources import write_network
 from tests.small_runs import UNET, VAE
 
@@ -479,3 +484,101 @@ def test_a_picture_that_is_a_program_is_not_run(tmp_path, read):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
     with pytest.raises(ValueError, match="cannot identify"):
         read(tmp_path / "a.png")
+
+
+def test_pipes_are_not_waited_for(tmp_path, monkeypatch):
+    """In the place of what a program keeps, of weights, of tables and of members of a set."""
+    for name in ("args.json", "log.jsonl", "state.pt", "evaluation.json", "per_image.csv",
+                 "pairs.csv", "weights.pth", "config.json", "model.safetensors", "a.npy"):
+        os.mkfifo(tmp_path / name)
+    ranks = engine.Ranks(0, 1, torch.device("cpu"))
+    calls = [lambda: run_folder.open_run(tmp_path, {"steps": 1}, ranks),
+             lambda: run_folder.read_options(tmp_path / "args.json"),
+             lambda: results.read_settings(tmp_path / "evaluation.json"),
+             lambda: results.Journal(tmp_path, ["a"]),
+             lambda: files.read_table(tmp_path / "pairs.csv"),
+             lambda: read_tensors(tmp_path / "weights.pth"),
+             lambda: read_settings(tmp_path / "weights.pth"),
+             lambda: open_source(tmp_path / "weights.pth"),
+             lambda: checkpoint.read_header(tmp_path / "model.safetensors"),
+             lambda: Folder(tmp_path).read("a.npy"), lambda: read_rgb(tmp_path / "a.npy")]
+    signal.alarm(60)
+    for call in calls:
+        try:
+            call()
+        except (ValueError, OSError):
+            pass
+    signal.alarm(0)
+    assert run_folder.begun_with(tmp_path, "precision", "auto") == "auto"
+
+
+def test_weights_that_are_compressed_are_not_unpacked(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "plain.pth")
+    with (zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+          zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as packed):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert read_tensors(tmp_path / "plain.pth")["w"].shape == (1000,)
+    with pytest.raises(ValueError, match="w.pth is compressed"):
+        read_tensors(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("part, name, value", [
+    ("unet", "heads", [1, 3]), ("unet", "heads", 2), ("unet", "groups", 8.0),
+    ("unet", "groups", 0), ("unet", "attention", [0, 1]), ("unet", "fourier", 1),
+    ("unet", "layers", True), ("unet", "channels", "8"), ("unet", "unknown", 1),
+    ("vae", "scaling_factor", "x"), ("vae", "scaling_factor", 0), ("vae", "channels", []),
+    ("unet", "layers", 101)])
+def test_sizes_in_a_header_that_can_not_be(tmp_path, part, name, value):
+    model = DepthMaster(vae=VAE, unet=UNET)
+    model.save(tmp_path / "model.safetensors")
+    DepthMaster.from_file(tmp_path / "model.safetensors")
+    model.config[part][name] = value
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors (has a damaged header|describes|does)"):
+        DepthMaster.from_file(tmp_path / "model.safetensors")
+
+
+def test_a_network_that_the_file_can_not_hold_is_not_built(tmp_path, monkeypatch):
+    levels = 32
+    config = {"unet": dict(channels=[99_000] * levels, heads=[1] * levels, layers=100, groups=1,
+                           attention=[True] * levels)}
+    checkpoint.save(tmp_path / "big.safetensors", {"unet.w": torch.zeros(1)},
+                    dict(kind="stage1", config=config, sources=[], licence=""))
+    monkeypatch.setattr(DepthMaster, "__init__", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(ValueError, match="can't be built .it has 1 tensors"):
+        DepthMaster.from_file(tmp_path / "big.safetensors")
+
+
+def test_a_jpeg_of_many_scans(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg", progressive=True)
+    content = (tmp_path / "a.jpg").read_bytes()
+    assert read_rgb(tmp_path / "a.jpg").shape == (64, 64, 3)
+    scan = content[content.rindex(b"\xff\xda"):-2]
+    (tmp_path / "a.jpg").write_bytes(content[:-2] + 1000 * scan + content[-2:])
+    with pytest.raises(BadSample, match="a.jpg is a JPEG of 1,0.. scans, and no more than 100"):
+        read_rgb(tmp_path / "a.jpg")
+
+
+def test_hdf5_of_many_chunks_of_none_and_of_many_groups(tmp_path):
+    with h5py.File(tmp_path / "chunks.hdf5", "w") as file:
+        file.create_dataset("dataset", (1000, 1000), "f4", chunks=(1, 1))
+    with h5py.File(tmp_path / "null.hdf5", "w") as file:
+        file["dataset"] = h5py.Empty("f4")
+    with h5py.File(tmp_path / "groups.hdf5", "w") as file:
+        for number in range(2000):
+            file.create_group(f"group{number}")
+    for name, words in (("chunks", "is cut into 1,000,000 chunks"), ("null", "an empty data set"),
+                        ("groups", "holds 2000 things")):
+        with pytest.raises(BadSample, match=words) as caught:
+            files.read_hdf5(tmp_path / f"{name}.hdf5", None)
+        assert len(str(caught.value)) < 300
+
+
+def test_a_sparse_member_of_an_archive_is_refused(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"end")
+    subprocess.run(["tar", "-S", "-C", tmp_path, "-cf", tmp_path / "a.tar", "a.npy"], check=True)
+    with pytest.raises(ValueError, match="a.npy is packed as sparse"):
+        Tar(tmp_path / "a.tar")

@@ -170,7 +170,7 @@ def test_eight_bit_and_ambiguous_depth(tmp_path):
     with pytest.raises(BadSample, match="a.png is a picture of uint8"):
         read_depth(tmp_path / "a.png")
     np.savez(tmp_path / "a.npz", left=depth_map(), right=depth_map())
-    with pytest.raises(BadSample, match="'left', 'right'.*call the depth map 'depth'"):
+    with pytest.raises(BadSample, match="left, right.*call the depth map 'depth'"):
         read_depth(tmp_path / "a.npz")
 
 

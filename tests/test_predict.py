@@ -1,8 +1,10 @@
 """predict.py: what it writes, what it refuses to write, and which pictures it can read."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -342,3 +344,52 @@ def test_the_limit_of_pixels_is_named_and_can_be_lifted(tmp_path, monkeypatch, c
         capsys.readouterr().err)
     assert call(monkeypatch, *options, "--max-pixels", 2400) == 0
     assert np.load(tmp_path / "out/a.npy").shape == (40, 60)
+
+
+def test_a_name_that_is_too_long_for_a_result_is_left_out(tmp_path, ckpt, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b" * 247, "c" * 240, "d"):
+        iio.imwrite(tmp_path / "in" / f"{name}.png", photo(24, 32))
+    assert call(monkeypatch, tmp_path / "in", "--ckpt", ckpt, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "longer name than files can have" in said and "1 of 4 pictures could not" in said
+    there = {path.stem for path in (tmp_path / "out").glob("*_color.png")}
+    assert there == {"a_color", "c" * 240 + "_color", "d_color"}
+
+
+def test_names_do_nothing_to_a_terminal(tmp_path, ckpt, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/\x1b[2Ja\nerror: forged.png").write_bytes(b"torn")
+    assert call(monkeypatch, tmp_path / "in", "--ckpt", ckpt, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err.replace("\x1b[A", "")  # tqdm's own
+    assert "\x1b" not in said and "\nerror: forged" not in said
+    assert "?[2Ja?error: forged.png" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_when_it_is_stopped_nothing_half_written_stays(number, tmp_path, ckpt):
+    (tmp_path / "in").mkdir()
+    for name in range(300):
+        iio.imwrite(tmp_path / "in" / f"{name}.png", photo(64, 96))
+    process = subprocess.Popen(
+        [sys.executable, Path(predict.__file__), tmp_path / "in", "--ckpt", ckpt, "--device", "cpu",
+         "--out", tmp_path / "out", "--processing-res", "64"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("*.npy")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in said
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("after", [0.05, 0.3, 0.8])
+def test_ctrl_c_while_it_is_imported(after, tmp_path):
+    process = subprocess.Popen([sys.executable, predict.__file__, "nowhere"], cwd=tmp_path,
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT, 1)
+    assert "Traceback" not in said

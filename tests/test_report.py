@@ -166,7 +166,7 @@ def test_small_pictures_are_means_of_what_is_known(size):
 def test_missing_file(tmp_path, name):
     save_evaluation(tmp_path, {"hypersim": ["a"]})
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name} is not there, but .*--out.$"):
+    with pytest.raises(FileNotFoundError, match=f"holds no {name}: give the --out"):
         write_report(tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_missing_file(tmp_path, name):
 def test_no_rows(tmp_path, content):
     save_evaluation(tmp_path, {"hypersim": ["a"]})
     (tmp_path / "per_image.csv").write_text(content)
-    with pytest.raises(ValueError, match="per_image.csv does not hold the scores of images: .*"):
+    with pytest.raises(ValueError, match="evaluate.py again|not of one evaluation"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

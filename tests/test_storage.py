@@ -2,10 +2,12 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import storage
 from storage import sha256, stand_in, walk, whole, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,3 +91,41 @@ def test_there_is_one_place_for_each(call, places):
     found = {path.relative_to(ROOT).as_posix() for path in files
              if re.search(call, path.read_text())}
     assert found == places
+
+
+def test_only_files_of_a_bounded_size_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(storage.LARGEST + 1)
+    for name in ("pipe", "zero", "."):
+        for function in (storage.read_text, sha256, storage.first_bytes, storage.check_file):
+            with pytest.raises(ValueError, match="is not a file, but a folder, a pipe or a device"):
+                function(tmp_path / name)
+    with pytest.raises(ValueError, match="no more than 67,108,864 are read"):
+        storage.read_text(tmp_path / "large")
+
+
+def test_what_the_dead_left_half_written_is_removed(tmp_path):
+    """Of this machine; what lives, or is another's, is left."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {name: tmp_path / f".{name}-00000000.tmp" for name in (
+        f"{storage.MACHINE}-{dead.pid}", f"{storage.MACHINE}-{os.getppid()}", f"0000-{dead.pid}",
+        f"{storage.MACHINE}-x")}
+    for path in names.values():
+        touch(path)
+    write_text(tmp_path / "new", "text")
+    assert [path.exists() for path in names.values()] == [False, True, True, True]
+
+
+def test_names_may_be_as_long_as_names_can_be(tmp_path):
+    write_text(tmp_path / ("n" * 255), "text")
+    with pytest.raises(ValueError, match="is a longer name than files can have: shorten it"):
+        write_text(tmp_path / ("n" * 256), "text")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_sentence_with_the_path():
+    with pytest.raises(OSError, match="/dev/full can't be written .No space left on device"):
+        storage.append("/dev/full", "text")
