@@ -25,7 +25,7 @@ ALLOWED = {
     "extras": {"extras", "data"},
     "benchmarks": PACKAGES,
 }
-COMMANDS = {"data/prepare_hypersim.py", "data/make_pairs.py"}  # run as python -m
+COMMANDS = {"data/prepare_hypersim.py", "extras/make_pairs.py"}  # run as python -m
 FORBIDDEN = {"diffusers", "transformers", "torchvision", "cv2", "timm", "scipy"}
 
 

@@ -1,4 +1,4 @@
-"""data/make_pairs.py: each data set's own layout and units, on made-up files and on real ones."""
+"""extras/make_pairs.py: each data set's own layout and units, on made-up files and on real ones."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from data.make_pairs import fill, main
+from extras.make_pairs import fill, main
 from data.pairs import FolderOfPairs
 from data.transforms import BadSample
 

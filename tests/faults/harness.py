@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from nets.depthmaster import DepthMaster
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -62,6 +65,22 @@ engine.run({script}.main)
 """
 
 
+UNREADABLE = """
+import errno, zipfile, engine, {script}
+def fails(self):
+    raise OSError(errno.EIO, "Input/output error")
+zipfile.ZipFile.testzip = fails
+engine.run({script}.main)
+"""
+
+
+def unreadable(command, folder):
+    """The command of a trainer, on a disk that gives errors while checkpoints are checked."""
+    driver = folder / "unreadable.py"
+    driver.write_text(UNREADABLE.format(script=command[0].removesuffix(".py")))
+    return [driver, *command[1:]]
+
+
 def poisoned(command, folder, every):
     """The command of a trainer, of which every so many steps' gradients are not finite."""
     driver = folder / f"poisoned {every}.py"
@@ -94,9 +113,8 @@ def kill_at_random(command, out, kills, seconds, rng):
     for done in range(kills):
         process = start([*command, "--out", out])
         deadline = time.monotonic() + rng.uniform(0.1, 1) * seconds
-        saving = out / "state.pt.tmp"
         while process.poll() is None and time.monotonic() < deadline:
-            if done % 3 == 0 and saving.exists():
+            if done % 3 == 0 and any(out.glob(".*.tmp")):  # it saves
                 break
             time.sleep(0.001)
         if process.poll() is not None:
@@ -230,6 +248,86 @@ def soak_broken_rank(data, rng, folder, count=3):
         "finished when resumed" if code == 0 and "Resuming" in said else said[-500:])
 
 
+def soak_small_shared_memory(data, folder):
+    """A container's default, 64 MB, with more read ahead than that (only root can mount)."""
+    command = [*commands(data, 2)["stage 1"], "--size", 480, 640, "--batch", 16, "--micro-batch", 1,
+               "--workers", 8, "--out", folder / "small shm"]
+    words = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && "$@"',
+             "-", sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True,
+                          timeout=1800)
+    tried = "mount" not in done.stderr and "unshare" not in done.stderr
+    yield "64 MB of shared memory, 8 workers", (
+        "not tried: no right to mount" if not tried else
+        "finished" if done.returncode == 0 else done.stderr[-500:])
+
+
+def soak_output_that_nobody_reads(data, folder, count=8):
+    """`| tee log`, where tee dies of the signal first: saved, and resumed to the same weights."""
+    command, saved, same, runs = commands(data, 30)["stage 1"], 0, 0, 0
+    code, said = finish([*command, "--out", folder / "heard"])
+    assert code == 0, said
+    expected = sha256(folder / "heard/model.safetensors")
+    for ranks in (1, 2):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for _ in range(count):
+                out, runs = folder / f"unheard {runs}", runs + 1
+                process = start([*command, "--save-every", 10**6, "--out", out], ranks)
+                while rows_of(out) < 3 + runs % 5 and process.poll() is None:
+                    time.sleep(0.02)
+                process.stdout.close()
+                os.killpg(process.pid, number)
+                process.wait(timeout=120)
+                saved += (out / "state.pt").exists()
+                code, said = finish([*command, "--save-every", 10**6, "--out", out])
+                same += code == 0 and sha256(out / "model.safetensors") == expected
+                shutil.rmtree(out)
+    yield f"{runs} signals, output not read any more", f"{saved} saved, {same} with the same model"
+
+
+def soak_two_evaluations(data, folder):
+    """At once, with the same --out: one model's scores are never filed as the other's."""
+    out, models = folder / "scores", ["weights/miniature_sd2.safetensors",
+                                      "weights/miniature.safetensors"]
+    both = [start(["evaluate.py", "--ckpt", model, "--data", data[1].parent,
+                   "--datasets", "hypersim", "--out", out])
+            for model in models]
+    said = [process.communicate()[0] for process in both]
+    codes = [process.returncode for process in both]
+    refused = [text for code, text in zip(codes, said) if code and "is at work in" in text]
+    kept = json.loads((out / "evaluation.json").read_text())["weights"]
+    clear = sorted(codes) == [0, 1] and len(refused) == 1 and (
+        kept == sha256(ROOT / models[codes.index(0)]))
+    yield "two evaluations into one folder", (
+        "one is refused, the other's scores are its own" if clear else f"UNCLEAR: {said}")
+
+
+def soak_changes(data, folder):
+    """Weights that are replaced, and a checkpoint that can't be read, between two starts."""
+    command, out = commands(data, 10)["stage 1"], folder / "changes"
+    sd2 = shutil.copy(ROOT / "weights/miniature_sd2.safetensors", folder / "sd2.safetensors")
+    command = [sd2 if word == "weights/miniature_sd2.safetensors" else word for word in command]
+    code, said = finish([*command, "--out", out])
+    assert code == 0, said
+    longer = [*command, "--steps", 20, "--extend", "--out", out]
+    content = {path: path.read_bytes() for path in out.glob("[!.]*.*")}
+    code, said = finish(unreadable(longer, folder))
+    left = {path: path.read_bytes() for path in out.glob("[!.]*.*")} == content
+    yield "a disk that gives errors", ("one sentence, all files left" if code == 1 and left
+          and "can't be read now" in said and "Traceback" not in said else said[-500:])
+    model = DepthMaster.from_file(sd2)
+    model.vae.scaling_factor *= 2
+    model.config["vae"]["scaling_factor"] = model.vae.scaling_factor
+    model.save(sd2)
+    code, said = finish(longer)
+    refused = code == 1 and "something else as the weights sd2.safetensors" in said
+    code, said = finish([*longer, "--accept-changes"])
+    logged = '"accepted"' in (out / "log.jsonl").read_text()
+    yield "weights replaced between two starts", (
+        "refused; goes on and logs it with --accept-changes" if refused and code == 0 and logged
+        else said[-500:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -243,7 +341,9 @@ def main():
         for rows in (soak_kills(data, args.steps, args.kills, rng, folder),
                      soak_full_disk(data, rng, folder), soak_truncations(data, rng, folder),
                      soak_poison(data, folder), soak_removed_files(data, rng, folder),
-                     soak_broken_rank(data, rng, folder)):
+                     soak_broken_rank(data, rng, folder), soak_small_shared_memory(data, folder),
+                     soak_output_that_nobody_reads(data, folder),
+                     soak_two_evaluations(data, folder), soak_changes(data, folder)):
             for what, result in rows:
                 print(f"{what:<40}{result}", flush=True)
 

@@ -1,6 +1,6 @@
 """Brings files of public data sets into a folder of pairs, which the trainer and evaluate.py read.
 
-    python -m data.make_pairs OUT --tum DIR --nyu DIR --kitti DIR --diode DIR --middlebury DIR
+    python -m extras.make_pairs OUT --tum DIR --nyu DIR --kitti DIR --diode DIR --middlebury DIR
 
 Each DIR is searched with its subfolders, in the layout the data set is given away in. OUT gets
 rgb/SET/NAME.png and depth/SET/NAME.npy, float32 metres, 0 where nothing was measured.
