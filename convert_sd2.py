@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import engine
-from nets import checkpoint
+from engine import job, terminal
+from engine.terminal import say, tell
+from nets import model_file
 from nets.depthmaster import DepthMaster
-from nets.export import write_diffusers
-from nets.official import fit, open_source
+from nets.official.export import write_diffusers
+from nets.official.source import fit, open_source
 from nets.text import EMPTY_PROMPT, TextEncoder
 from storage import sha256
 
@@ -47,9 +48,9 @@ def main():
     if args.export and args.out is None:
         parser.error("--export needs --out FOLDER")
     if args.export:
-        engine.tell(str(export(args.source, args.out, dtype)))
+        tell(str(export(args.source, args.out, dtype)))
     else:
-        engine.tell(str(convert(args.source, args.out, dtype)))
+        tell(str(convert(args.source, args.out, dtype)))
 
 
 def convert(path, out=None, dtype=torch.float32):
@@ -62,7 +63,7 @@ def convert(path, out=None, dtype=torch.float32):
         sizes, tensors = fit(source.parts["dinov2"], dtype)
         out = out or Path("weights", dinov2_name(source, sizes["width"]) + ".safetensors")
         header = dict(kind="dinov2", config=sizes, sources=sources, licence=source.licence)
-        checkpoint.save(out, tensors, header)
+        model_file.save(out, tensors, header)
     else:
         model = assemble(source, path, dtype)
         model.sources = sources
@@ -101,10 +102,10 @@ def text_constant(source, path):
     also knows the exported model's settings.
     """
     if source.exported:
-        config = checkpoint.read_header(source.exported)["config"]
+        config = model_file.read_header(source.exported)["config"]
         names = ("target", "train_size", "processing_res")
         try:
-            with checkpoint.open_weights(source.exported) as file:
+            with model_file.open_weights(source.exported) as file:
                 text = file.get_tensor("text_embedding").float()
             settings = {name: config[name] for name in names}
         except (SafetensorError, KeyError) as error:
@@ -130,10 +131,10 @@ def text_constant(source, path):
 
 def export(path, folder, dtype=torch.float32):
     """Writes a model of this project as diffusers' folders; the path of the folder."""
-    engine.check_folder(folder.parent, f"--out {folder}:")
+    terminal.check_folder(folder.parent, f"--out {folder}:")
     model = DepthMaster.from_file(path, dtype=dtype)
     write_diffusers(model, folder)
-    engine.say("The text encoder is not part of a model: its embedding of the empty prompt, a "
+    say("The text encoder is not part of a model: its embedding of the empty prompt, a "
                f"constant, is in {folder / 'text_embedding.safetensors'}.")
     return folder
 
@@ -141,16 +142,16 @@ def export(path, folder, dtype=torch.float32):
 def report(source):
     """Says what was found."""
     what = f"An exported {source.kind} model" if source.exported else MODELS[source.kind]
-    engine.say(f"{what}: {source.layout}, {source.licence}")
+    say(f"{what}: {source.layout}, {source.licence}")
     for part in source.parts.values():
         tensors = part.tensors.values()
         precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         only = " (only its embedding of the empty prompt is kept)" if part.net == "text" else ""
-        engine.say(f"  {part.origin}: {len(tensors)} tensors, "
+        say(f"  {part.origin}: {len(tensors)} tensors, "
                    f"{sum(tensor.numel() for tensor in tensors):,} parameters, "
                    f"{' and '.join(precisions)}{only}")
     if source.ignored:
-        engine.say(f"  ignored: {len(source.ignored)} tensors that are not needed "
+        say(f"  ignored: {len(source.ignored)} tensors that are not needed "
                    f"({', '.join(source.ignored[:3])}{', ...' if source.ignored[3:] else ''})")
 
 
@@ -164,7 +165,7 @@ def check_out(out, source):
     """Before the work: refuses to write over the source, in the place of a folder, in a file."""
     if out is None:
         return
-    engine.check_folder(out.parent, f"--out {out}:")
+    terminal.check_folder(out.parent, f"--out {out}:")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: give the name of a .safetensors file.")
     if any(out.resolve() == file.resolve() for file in source.files.values()):
@@ -172,4 +173,4 @@ def check_out(out, source):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

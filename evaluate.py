@@ -25,21 +25,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import engine
 import metrics
-import run_folder
-from data import predictions
-from data.benchmarks import BENCHMARKS, find_benchmarks, locate, open_benchmark
-from data.chunks import preflight
+from evaluation import loop
+from evaluation import predictions
+from data.sources import BENCHMARKS, find_benchmarks, locate, open_benchmark
+from data.loading import preflight
 from data.pairs import add_pair_options, pair_options
-from data.results import Journal, check_settings, prepare, write_metrics
+from evaluation.journal import Journal, check_settings, prepare, write_metrics
 from data.transforms import normalise_target
+from engine import job, run_folder, terminal
+from engine.terminal import say, tell
 from extras.compare import compare
 from extras.report import PUBLISHED, has_pictures, save_pictures, write_report
-from extras.table import table
+from evaluation.table import table
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster
-from nets.precision import choose
+from nets.inference import memory
+from nets.inference.precision import choose
 from storage import sha256
 
 # Table II's rows: time steps of the passes; i2l has none, there the autoencoder gets the truth.
@@ -60,13 +62,13 @@ def options():
     add("--datasets", nargs="+", choices=BENCHMARKS, metavar="SET",
         help=f"of {' '.join(BENCHMARKS)} (all under ROOT)")
     add_pair_options(add)
-    add("--vkitti-crop", type=engine.positive, nargs=2, metavar=("H", "W"), default=(352, 1216),
+    add("--vkitti-crop", type=terminal.positive, nargs=2, metavar=("H", "W"), default=(352, 1216),
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
-    add("--batch", type=engine.positive, help="images predicted at once (8 on CUDA, else 1)")
-    add("--workers", type=engine.whole, default=engine.readers(),
+    add("--batch", type=terminal.positive, help="images predicted at once (8 on CUDA, else 1)")
+    add("--workers", type=terminal.whole, default=terminal.readers(),
         help="processes that read ahead (here %(default)s)")
-    add("--limit", type=engine.positive, metavar="N", help="only the first N images of each set")
+    add("--limit", type=terminal.positive, metavar="N", help="only the first N images of each set")
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
     add = parser.add_argument_group("how").add_argument
@@ -75,7 +77,7 @@ def options():
         help="aligned values below 0; square: as the released code (%(default)s)")
     add("--f1-mask", choices=metrics.F1_MASKS, default="pair",
         help="pixels of an edge that must be valid; owner: as the released code (%(default)s)")
-    add("--processing-res", type=engine.whole, metavar="PIXELS",
+    add("--processing-res", type=terminal.whole, metavar="PIXELS",
         help="longest side in prediction, 0: native (the set's)")
     add("--paradigm", choices=PARADIGMS, default="single", help="Table II; iterative: four passes, "
         "each on the last one's output; i2l: the truth through the autoencoder (%(default)s)")
@@ -101,9 +103,9 @@ def open_sets(root, names, vkitti_crop, hypersim_split, pairs):
         names = find_benchmarks(root)
     sets = []
     for name in dict.fromkeys(names):
-        if name == "miniature" and engine.is_first():
+        if name == "miniature" and terminal.is_first():
             render.ensure(embedded.SCENES, val=embedded.FRAMES["val"])
-        engine.wait()
+        job.wait()
         inside = embedded.SCENES if name == "miniature" else root
         folder = locate(name, inside, alone=len(names) == 1)
         sets.append((name, open_benchmark(name, folder, vkitti_crop, hypersim_split, **pairs)))
@@ -114,7 +116,7 @@ def open_model(path, device, precision, paradigm):
     """The model at a path, ready to predict in one of the ways of PARADIGMS."""
     model = DepthMaster.from_file(path, device, getattr(torch, precision))
     if model.kind == "sd2":
-        engine.say(f"warning: {path} was never trained for depth; its scores mean nothing.")
+        say(f"warning: {path} was never trained for depth; its scores mean nothing.")
     return model.for_inference(device, precision, PARADIGMS[paradigm])
 
 
@@ -173,7 +175,7 @@ def score_set(name, reader, limit, score, batch, done, journal, ranks):
 
 def say_skipped(name):
     """An `on_bad` that says which image of a set is left out."""
-    return lambda image, reason: engine.say(f"skipped {name}/{image}: {reason}", any_rank=True)
+    return lambda image, reason: say(f"skipped {name}/{image}: {reason}", any_rank=True)
 
 
 def summarise(rows, spaces, reader, limit):
@@ -202,9 +204,9 @@ def say_defaults(ckpt, predictions, data):
         if data:
             raise ValueError("--data needs --ckpt, the model to score, or --predictions; to try "
                              f"it, give --ckpt {embedded.TRAINED}.")
-        engine.say(f"No --ckpt: scoring the embedded miniature model, {embedded.TRAINED}.")
+        say(f"No --ckpt: scoring the embedded miniature model, {embedded.TRAINED}.")
     if not data:
-        engine.say(f"No --data: on the miniature's held-out scenes in {embedded.SCENES}.")
+        say(f"No --data: on the miniature's held-out scenes in {embedded.SCENES}.")
 
 
 def open_journal(out, settings, names, keys, ranks):
@@ -217,16 +219,16 @@ def open_journal(out, settings, names, keys, ranks):
         run_folder.claim(out)
         changed = prepare(out, settings)
         if changed:
-            engine.say(f"{out} held scores with other settings ({', '.join(changed)}); they are "
+            say(f"{out} held scores with other settings ({', '.join(changed)}); they are "
                        "replaced.")
         before = Journal(out, names)
         before.merge(keys)
         if before.lost:
-            engine.say(f"{before.lost} rows of {before.path} can't be read; they are scored again.")
-    engine.wait()
+            say(f"{before.lost} rows of {before.path} can't be read; they are scored again.")
+    job.wait()
     journal = Journal(out, names, ranks.rank)
     if journal.rows:
-        engine.say(f"{out} holds the scores of {len(journal.rows)} images already: going on "
+        say(f"{out} holds the scores of {len(journal.rows)} images already: going on "
                    f"(remove {out / 'per_image.csv'} to begin anew).")
     return journal
 
@@ -246,7 +248,7 @@ def state_of_weights(ckpt, before):
     ValueError if another file has taken its place meanwhile.
     """
     found = sha256(ckpt)
-    if identity(ckpt) != before or engine.agreed(found) != found:
+    if identity(ckpt) != before or job.agreed(found) != found:
         raise ValueError(f"{ckpt} was replaced while it was read: give the same command again.")
     return {"weights": found}
 
@@ -264,7 +266,7 @@ def state_of_predictions(folder, keys):
         forms, states[name] = predictions.state(locate(name, folder, len(names) == 1), images)
         if forms.keys() - {"NAME"}:
             counts = ", ".join(f"{count} {form}" for form, count in forms.items())
-            engine.say(f"{name}: of {len(images)} predictions are there under the names: {counts}.")
+            say(f"{name}: of {len(images)} predictions are there under the names: {counts}.")
     return states
 
 
@@ -281,9 +283,9 @@ def open_predictor(name, model, processing_res, paradigm, saved, alone):
 
 
 def open_scorer(name, reader, predict, spaces, options):
-    """What `score_set` calls: metrics.evaluate_dataset with these options (a dict)."""
+    """What `score_set` calls: loop.evaluate_dataset with these options (a dict)."""
     return partial(
-        metrics.evaluate_dataset, predict, reader, spaces, BENCHMARKS[name].min_depth,
+        loop.evaluate_dataset, predict, reader, spaces, BENCHMARKS[name].min_depth,
         BENCHMARKS[name].max_depth, options["align_negative"], options["f1_mask"],
         workers=options["workers"], on_bad=say_skipped(name) if options["skip_bad"] else None,
         look=partial(save_pictures, options["out"], name) if options["report"] else None)
@@ -314,27 +316,27 @@ def merged_rows(name, journal, keys):
 
 def present(results, out, report):
     """Prints the table on standard output and writes the report."""
-    engine.tell("\n".join(table(results)))
-    engine.say(f"Written: {out / 'metrics.json'} and {out / 'per_image.csv'}.")
+    tell("\n".join(table(results)))
+    say(f"Written: {out / 'metrics.json'} and {out / 'per_image.csv'}.")
     if report:
         write_report(out)
-        engine.say(f"The report: {out / 'report.html'}.")
+        say(f"The report: {out / 'report.html'}.")
 
 
 def main():
     args = options()
     if args.compare:
-        return engine.tell(compare(args.compare, PUBLISHED))
+        return tell(compare(args.compare, PUBLISHED))
     opened = partial(open_sets, args.data, args.datasets, args.vkitti_crop, args.hypersim_split,
                      pair_options(args))
     if args.preflight:
-        return preflight(dict(opened()), args.workers, engine.tell)
-    engine.check_folder(args.out, "--out")
-    ranks = engine.start("cpu" if args.predictions else args.device)
-    engine.keep_freed_memory(args.processing_res)
+        return preflight(dict(opened()), args.workers, tell)
+    terminal.check_folder(args.out, "--out")
+    ranks = job.start("cpu" if args.predictions else args.device)
+    memory.keep_freed_memory(args.processing_res)
     say_defaults(args.ckpt, args.predictions, args.data)
-    args.precision, why = engine.agreed(choose(args.precision, ranks.device))
-    engine.say(why)
+    args.precision, why = job.agreed(choose(args.precision, ranks.device))
+    say(why)
     ckpt = args.ckpt or embedded.TRAINED
     before = None if args.predictions or not ckpt.is_file() else identity(ckpt)
     model = None if args.predictions else open_model(
@@ -357,17 +359,17 @@ def main():
         score = open_scorer(name, reader, predict, spaces, vars(args))
         done = images_done(name, journal, args.out, args.report)
         score_set(name, reader, args.limit, score, args.batch, done, journal, ranks)
-        engine.wait()
+        job.wait()
         if ranks.first:
             check_settings(args.out, settings)  # in a folder without locks another may be at work
             rows = merged_rows(name, journal, keys)
             results[name] = dict(summarise(rows, spaces, reader, args.limit),
                                  processing_res=longest, **protocol(vars(args), model))
             write_metrics(args.out, results)  # after each set: a later one may fail
-        engine.wait()  # the ranks' files are gone before the next set's rows are written
+        job.wait()  # the ranks' files are gone before the next set's rows are written
     if ranks.first:
         present(results, args.out, args.report)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

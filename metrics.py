@@ -7,12 +7,9 @@ float64. `valid` is a bool mask of the same shape; valid depths are above 0.
 """
 
 import math
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
-from data.chunks import Chunks, read_ahead
 from data.transforms import TARGETS as SPACES
 from data.transforms import to_target_space
 
@@ -238,94 +235,9 @@ def score_aligned(pred_m, depth_m, valid, f1_mask="pair"):
             "boundary_f1": boundary_f1(pred_m, depth_m, valid, f1_mask)}
 
 
-# ------------------------------------------------------------------------------- data sets
-
-
-class ImageScores(NamedTuple):
-    """What `evaluate_dataset` says of one image."""
-
-    image: str
-    size: tuple  # height, width: of the truth, and so of the boundary F1
-    scores: dict  # space -> {name of the score: float}
-    unfitted: list  # spaces in which the prediction could not fix scale and shift
-
-
-def evaluate_dataset(predict, reader, spaces, min_depth, max_depth, negative="clamp",
-                     f1_mask="pair", chunks=None, workers=0, on_bad=None, look=None):
-    """Predicts and scores the images of a reader in their order: yields ImageScores.
-
-    predict: list of samples (dicts of the reader) of one size -> their predictions H,W, arrays or
-    tensors, of the truths' size; scores are computed on their device.
-    spaces: alignment spaces to score each prediction in.
-    chunks: lists of the reader's indices; neighbours of one size in a list are predicted together.
-        None: all images, one by one. workers: processes that read ahead.
-    on_bad: called with (name, reason) for every image that cannot be read, predicted or scored
-        (ValueError), which is then left out; None: the error is raised.
-    look: called with (sample, aligned prediction in metres, in the first space) for every image.
-    """
-    def bad(name, reason):
-        if on_bad is None:
-            raise ValueError(reason)
-        on_bad(name, reason)
-
-    chunks = [[index] for index in range(len(reader))] if chunks is None else list(chunks)
-    for chunk in read_ahead(Chunks(reader, chunks), workers, batch_size=None):
-        for sample, pred in predict_chunk(predict, chunk, bad):
-            try:
-                scored, pred_m = score_sample(sample, torch.as_tensor(pred), spaces, min_depth,
-                                              max_depth, negative, f1_mask)
-            except ValueError as error:
-                bad(sample["name"], str(error))
-                continue
-            if look:
-                look(sample, pred_m)
-            yield scored
-
-
-def predict_chunk(predict, chunk, bad):
-    """Yields (sample, prediction) for a chunk's samples in order, without the bad ones."""
-    def size(sample):
-        return None if "reason" in sample else tuple(sample["image"].shape)
-
-    for common, samples in groupby(chunk, size):
-        samples = list(samples)
-        try:
-            if common is None:
-                raise ValueError(samples[0]["reason"])
-            yield from zip(samples, predict(samples))
-        except ValueError as error:
-            for sample in samples:
-                bad(sample["name"], sample.get("reason", str(error)))
-
-
-def score_sample(sample, pred, spaces, min_depth, max_depth, negative, f1_mask):
-    """ImageScores of one prediction, and its depth in metres in the first space."""
-    pred = pred.cpu() if pred.device.type == "mps" else pred  # Apple's lack float64
-    depth_m, valid = (sample[name][0].to(pred.device) for name in ("depth", "valid"))
-    _check_prediction(pred, depth_m.shape, sample["name"])
-    scores, unfitted, first = {}, [], None
-    for space in spaces:
-        pred_m, fitted = align_if_possible(pred, depth_m, valid, space, negative)
-        pred_m = pred_m.clamp(min_depth, max_depth)
-        scores[space] = score_aligned(pred_m, depth_m, valid, f1_mask)
-        first = pred_m if first is None else first
-        if not fitted:
-            unfitted.append(space)
-    return ImageScores(sample["name"], tuple(depth_m.shape), scores, unfitted), first
-
-
 def mean_scores(scores):
     """List of {name: float} -> {name: mean}, rounded once, so it does not depend on the order."""
     return {name: math.fsum(each[name] for each in scores) / len(scores) for name in SCORES}
-
-
-def _check_prediction(pred, shape, name):
-    if pred.shape != shape:
-        raise ValueError(f"the prediction for {name} has shape {tuple(pred.shape)}, but the depth "
-                         f"map has {tuple(shape)}.")
-    bad = (~pred.isfinite()).sum().item()
-    if bad:
-        raise ValueError(f"the prediction for {name} has {bad} values that are NaN or infinite.")
 
 
 def _check_choice(what, value, choices):

@@ -23,19 +23,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import engine
 from data.files import write_npy, write_png
 from data.hypersim import Hypersim
 from data.images import PICTURES, allow_pixels, read_rgb
 from data.pairs import describe_passed_over
+from engine import job, terminal
+from engine.terminal import say
 from extras.pictures import MEANING, with_legend, write_described_png
 from miniature import embedded, render
 from nets.depthmaster import DepthMaster
-from nets.precision import choose
+from nets.inference import memory
+from nets.inference.precision import choose
 from storage import walk
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png"}
-THREADS = engine.readers()  # that decode pictures and write results
+THREADS = terminal.readers()  # that decode pictures and write results
 FAR_TO_NEAR = 10  # assumed ratio of the farthest to the nearest depth, in `to_sqrt_disparity` only
 
 
@@ -48,13 +50,13 @@ def options():
     add("--ckpt", type=Path, help="model (.safetensors; the embedded miniature)")
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
     add("--save", nargs="+", choices=ENDINGS, default=list(ENDINGS), help="what to write (all)")
-    add("--processing-res", type=engine.whole, metavar="PIXELS",
+    add("--processing-res", type=terminal.whole, metavar="PIXELS",
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 where it is faster (GPUs, some CPUs), else float32")
-    add("--batch", type=engine.positive, help="pictures of one size predicted at once, where they "
-        "follow each other (8 on CUDA, else 1)")
-    add("--max-pixels", type=engine.positive, metavar="N",
+    add("--batch", type=terminal.positive, help="pictures of one size that are predicted at once "
+        "(8 on CUDA, else 1)")
+    add("--max-pixels", type=terminal.positive, metavar="N",
         help="refuse pictures of more (179 million): they take some 30 bytes of memory a pixel")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     return parser.parse_args()
@@ -78,7 +80,7 @@ def find_pictures(inputs, out):
                 raise FileNotFoundError(f"{given} holds no picture ({' '.join(PICTURES)}).")
             if len(paths) < len(files):
                 others = [str(path) for path in files if path.suffix.lower() not in PICTURES]
-                engine.say(describe_passed_over(others) + ".")
+                say(describe_passed_over(others) + ".")
         elif given.is_file():
             paths = [given]
         else:
@@ -124,11 +126,11 @@ def open_model(path, device, precision):
     """The model at a path, ready to predict; says what one should know of its results."""
     precision, why = choose(precision, device)
     model = DepthMaster.from_file(path, device, getattr(torch, precision))
-    engine.say(why)
+    say(why)
     if model.kind == "sd2":
-        engine.say(f"warning: {path} was never trained for depth; its results mean nothing.")
+        say(f"warning: {path} was never trained for depth; its results mean nothing.")
     if model.target != "sqrt_disparity":  # Deviation: released, there is no other target
-        engine.say(f"{path} predicts {model.target}: converted to square-root disparity as if the "
+        say(f"{path} predicts {model.target}: converted to square-root disparity as if the "
                    f"farthest point were {FAR_TO_NEAR} times as far as the nearest.")
     return model.for_inference(device, precision)
 
@@ -194,7 +196,7 @@ def predict_all(model, pictures, outputs, processing_res, batch):
             except ValueError as error:
                 paths = [pictures[name] for name in names]
                 blamed = "" if str(paths[0]) in str(error) else f"{paths[0]}: "
-                engine.say(f"left out: {blamed}{error}")
+                say(f"left out: {blamed}{error}")
                 failed += paths
             else:
                 writing += [(pictures[name], pool.submit(write, near, outputs[name]))
@@ -212,7 +214,7 @@ def unwritten(path, task):
     try:
         task.result()
     except ValueError as error:
-        engine.say(f"left out: {error}")
+        say(f"left out: {error}")
         return [path]
     return []
 
@@ -248,25 +250,25 @@ def write(near, files):
 
 def main():
     args = options()
-    engine.check_folder(args.out, "--out")
+    terminal.check_folder(args.out, "--out")
     if args.max_pixels:
         allow_pixels(args.max_pixels)
     if not args.ckpt:
-        engine.say(f"No --ckpt: predicting with the embedded miniature, {embedded.TRAINED}, a toy "
+        say(f"No --ckpt: predicting with the embedded miniature, {embedded.TRAINED}, a toy "
                    "trained on procedural rooms.")
     if not args.inputs:
         args.inputs = [embedded_pictures()]
-        engine.say(f"No INPUT: predicting held-out scenes of the miniature, {args.inputs[0]}.")
+        say(f"No INPUT: predicting held-out scenes of the miniature, {args.inputs[0]}.")
     pictures = find_pictures(args.inputs, args.out)
     outputs = plan_outputs(pictures, args.out, args.save)
     replaced = sum(path.exists() for files in outputs.values() for path in files.values())
-    device = engine.start(args.device).device
-    engine.keep_freed_memory(args.processing_res)
+    device = job.start(args.device).device
+    memory.keep_freed_memory(args.processing_res)
     model = open_model(args.ckpt or embedded.TRAINED, device, args.precision)
-    warnings.showwarning = lambda message, *_: engine.say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     batch = args.batch or (8 if model.device.type == "cuda" else 1)
     failed = predict_all(model, pictures, outputs, args.processing_res, batch)
-    engine.say(f"{len(pictures) - len(failed)} pictures predicted into {args.out}: {MEANING}."
+    say(f"{len(pictures) - len(failed)} pictures predicted into {args.out}: {MEANING}."
                + (f" {replaced} files of an earlier run were replaced." if replaced else ""))
     if failed:
         raise ValueError(f"{len(failed)} of {len(pictures)} pictures could not be predicted, "
@@ -274,4 +276,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

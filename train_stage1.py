@@ -21,26 +21,31 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import engine
-import run_folder
 from data.cache import CachedTrainingSet, fill, fingerprint
 from data.hypersim_geometry import CAMERA_CSV
 from data.pairs import PAIRS_CSV, pair_options
 from data.sampler import StepBatchSampler
-from data.training import (
-    add_data_options, check_data, open_held_out, open_training_set, read_batches,
+from data.training_set import (
+    add_data_options,
+    check_data,
+    open_held_out,
+    open_training_set,
+    read_batches,
 )
 from data.transforms import TARGETS
+from engine import job, run_folder, terminal
+from engine.progress import Progress, Watch
+from engine.step import learning_rate, optimizer_step, set_learning_rate, to_device
+from engine.terminal import say, tell
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import cells_to_pixels, latent_loss, valid_cells
 from miniature import embedded
-from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from nets.precision import choose
-from nets.recompute import activation_bytes
-from progress import Progress, Watch
-from validation import check
+from nets.inference.precision import choose
+from nets.model_file import LONGEST
+from nets.ops.recompute import activation_bytes
+from evaluation.loop import check
 
 
 class Stage1(nn.Module):
@@ -120,8 +125,8 @@ def options():
         "remove it when pictures change")
     add("--cache-precision", choices=["float16", "float32"], default="float16",
         help="of what is kept (%(default)s)")
-    add_data_options(parser, engine.whole_between(*LONGEST))
-    engine.add_training_options(parser, steps=20_000, lr=3e-5)
+    add_data_options(parser, terminal.whole_between(*LONGEST))
+    terminal.add_training_options(parser, steps=20_000, lr=3e-5)
     args = parser.parse_args()
     if not args.align_weight >= 0:
         parser.error(f"--align-weight is {args.align_weight}, but must be 0 or more")
@@ -146,24 +151,24 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
 
     def frozen(batch):
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-            return objective.frozen(engine.to_device(batch, ranks.device))
+            return objective.frozen(to_device(batch, ranks.device))
 
     fill(training_set, frozen, kept_dtype, workers, ranks.rank, ranks.world)
     objective.teacher = None  # all is said; the autoencoder still validates
-    engine.wait()
+    job.wait()
     return training_set
 
 
 def main():
     args = options()
     run_folder.check_system()
-    engine.check_folder(args.out, "--out")
+    terminal.check_folder(args.out, "--out")
     if args.cache:
-        engine.check_folder(args.cache, "--cache")
-    ranks = engine.start(args.device)
+        terminal.check_folder(args.cache, "--cache")
+    ranks = job.start(args.device)
     before = run_folder.begun_with(args.out, "precision", args.precision)
-    args.precision, why = engine.agreed(choose(before, ranks.device, training=True))
-    engine.say(why)
+    args.precision, why = job.agreed(choose(before, ranks.device, training=True))
+    say(why)
     dtype = getattr(torch, args.precision)
     torch.manual_seed(args.seed)
 
@@ -184,10 +189,10 @@ def main():
     pairs = pair_options(args)
     training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop, args.target,
                                      args.seed, args.batch, args.rgb_resize, **pairs)
-    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, engine.say)
+    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, say)
     if args.preflight:
-        return check_data(training_set, held_out, args.workers, engine.tell)
-    objective.unet.checkpoint_activations = engine.recompute_activations(
+        return check_data(training_set, held_out, args.workers, tell)
+    objective.unet.checkpoint_activations = job.recompute_activations(
         args.checkpoint_activations, objective.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
     content = run_folder.content((sd2, dinov2), model, training_set, ranks)
@@ -214,14 +219,14 @@ def main():
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
                                training_set.sizes, first, args.steps, ranks.rank, ranks.world)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
-                           engine.say(f"Replaced a bad sample: {reason}", any_rank=True))
-    runner = engine.parallel(objective, ranks)
+                           say(f"Replaced a bad sample: {reason}", any_rank=True))
+    runner = job.parallel(objective, ranks)
     with (Watch(ranks) as watch,
           Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
         for step in range(first, args.steps):
-            rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
-            engine.set_learning_rate(optimizer, rate)
-            outcome = engine.optimizer_step(
+            rate = learning_rate(step, args.lr, args.warmup, args.decay_steps)
+            set_learning_rate(optimizer, rate)
+            outcome = optimizer_step(
                 runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
                 ranks, dtype, args.clip_gradient, watch)
             done = step + 1 if outcome else step  # None: asked to leave in the middle
@@ -233,10 +238,10 @@ def main():
             if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, trained, optimizer, model)
             if leave:
-                engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
+                say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
             validate(done)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

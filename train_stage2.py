@@ -21,21 +21,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import engine
-import run_folder
 from data.pairs import pair_options
 from data.sampler import StepBatchSampler
-from data.training import (
-    add_data_options, check_data, open_held_out, open_training_set, read_batches,
+from data.training_set import (
+    add_data_options,
+    check_data,
+    open_held_out,
+    open_training_set,
+    read_batches,
 )
+from engine import job, run_folder, terminal
+from engine.progress import Progress, Watch
+from engine.step import learning_rate, optimizer_step, set_learning_rate
+from engine.terminal import say, tell
 from losses.gradient import gradient_loss, pixel_loss
 from miniature import embedded
-from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
-from nets.precision import choose
-from nets.recompute import activation_bytes
-from progress import Progress, Watch
-from validation import check
+from nets.inference.precision import choose
+from nets.model_file import LONGEST
+from nets.ops.recompute import activation_bytes
+from evaluation.loop import check
 
 
 class Stage2(nn.Module):
@@ -82,9 +87,9 @@ def options():
     add("--fourier", choices=["on", "off"], default="on", help="the block, Table VI (%(default)s)")
     add("--fourier-init", choices=["default", "identity"], default="default",
         help="of a new block; identity: at first it only normalises (%(default)s)")
-    add_data_options(parser, engine.whole_between(*LONGEST))
+    add_data_options(parser, terminal.whole_between(*LONGEST))
     # Deviation: the paper's steps; the released configuration has 20,000.
-    engine.add_training_options(parser, steps=10_000, lr=3e-6)
+    terminal.add_training_options(parser, steps=10_000, lr=3e-6)
     args = parser.parse_args()
     if not (args.pixel_weight >= 0 and args.gradient_weight >= 0):
         parser.error("--pixel-weight and --gradient-weight must be 0 or more")
@@ -97,11 +102,11 @@ def options():
 def main():
     args = options()
     run_folder.check_system()
-    engine.check_folder(args.out, "--out")
-    ranks = engine.start(args.device)
+    terminal.check_folder(args.out, "--out")
+    ranks = job.start(args.device)
     before = run_folder.begun_with(args.out, "precision", args.precision)
-    args.precision, why = engine.agreed(choose(before, ranks.device, training=True))
-    engine.say(why)
+    args.precision, why = job.agreed(choose(before, ranks.device, training=True))
+    say(why)
     dtype = getattr(torch, args.precision)
     torch.manual_seed(args.seed)
 
@@ -109,7 +114,7 @@ def main():
     ckpt = embedded.stage1_weights(args.data or args.vkitti, args.ckpt)
     model = DepthMaster.from_file(ckpt)
     if model.kind == "sd2":
-        engine.say(f"{ckpt} was never trained for depth: this is training in one stage.")
+        say(f"{ckpt} was never trained for depth: this is training in one stage.")
     if args.fourier == "on" and model.unet.fourier is None:
         model.add_fourier(args.fourier_init)
     elif args.fourier == "off" and model.unet.fourier is not None:
@@ -123,10 +128,10 @@ def main():
     pairs = pair_options(args)
     training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop, model.target,
                                      args.seed, args.batch, args.rgb_resize, **pairs)
-    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, engine.say)
+    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, say)
     if args.preflight:
-        return check_data(training_set, held_out, args.workers, engine.tell)
-    recompute = engine.recompute_activations(
+        return check_data(training_set, held_out, args.workers, tell)
+    recompute = job.recompute_activations(
         args.checkpoint_activations, model.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
     model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
@@ -148,14 +153,14 @@ def main():
     sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
                                training_set.sizes, first, args.steps, ranks.rank, ranks.world)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
-                           engine.say(f"Replaced a bad sample: {reason}", any_rank=True))
-    runner = engine.parallel(objective, ranks)
+                           say(f"Replaced a bad sample: {reason}", any_rank=True))
+    runner = job.parallel(objective, ranks)
     with (Watch(ranks) as watch,
           Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
         for step in range(first, args.steps):
-            rate = engine.learning_rate(step, args.lr, args.warmup, args.decay_steps)
-            engine.set_learning_rate(optimizer, rate)
-            outcome = engine.optimizer_step(
+            rate = learning_rate(step, args.lr, args.warmup, args.decay_steps)
+            set_learning_rate(optimizer, rate)
+            outcome = optimizer_step(
                 runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
                 ranks, dtype, args.clip_gradient, watch)
             done = step + 1 if outcome else step  # None: asked to leave in the middle
@@ -167,10 +172,10 @@ def main():
             if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, model.unet, optimizer, model)
             if leave:
-                engine.say(f"Asked to leave: saved after {done} steps; the same command goes on.")
+                say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
             validate(done)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

@@ -20,12 +20,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-import engine
 from benchmarks.peer import peer
 from benchmarks.timing import counter, matrix_rate, seconds, utilisation
+from engine import job, terminal
 from miniature import embedded
-from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
+from nets.inference import memory
+from nets.model_file import LONGEST
 
 # On a CPU of two cores with AMX our time over the peer's; on a GPU our time.
 TARGETS = {
@@ -40,13 +41,13 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", type=engine.whole_between(*LONGEST), nargs=2, default=(480, 640),
+    add("--size", type=terminal.whole_between(*LONGEST), nargs=2, default=(480, 640),
         metavar=("H", "W"))
-    add("--batch", type=engine.positive, nargs="+", default=[1])
+    add("--batch", type=terminal.positive, nargs="+", default=[1])
     add("--precision", nargs="+", choices=["float32", "bfloat16", "float16"],
         default=["bfloat16", "float32"])
     add("--device", default="auto")
-    add("--runs", type=engine.positive, default=5)
+    add("--runs", type=terminal.positive, default=5)
     add("--miniature", action="store_true", help="the embedded miniature, without a peer")
     add("--compile", action="store_true", help="ours also with torch.compile on the U-Net")
     add("--profile", action="store_true", help="where the time of each goes")
@@ -64,8 +65,8 @@ def ours(miniature, device, precision):
 
 def as_predict(miniature, device, precision, size, compiled=False):
     """`ours` in a process that is set up as predict.py's."""
-    engine.keep_freed_memory(max(size))
-    model = ours(miniature, engine.start(str(device)).device, precision)
+    memory.keep_freed_memory(max(size))
+    model = ours(miniature, job.start(str(device)).device, precision)
     if compiled:
         model.unet.compile()
     return model
@@ -227,7 +228,7 @@ def compare(args, device, precision, work):
 
 def main():
     args = options()
-    device = engine.start(args.device).device
+    device = job.start(args.device).device
     work = work_of_each(args)
     print(f"{torch.get_num_threads()} threads of the CPU" if device.type == "cpu" else
           torch.cuda.get_device_name(device), f"torch {torch.__version__}, "
@@ -237,4 +238,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

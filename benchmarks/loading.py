@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import engine
 from data.cache import CachedTrainingSet, fill
 from data.hypersim import Hypersim, ProcessedHypersim
 from data.prepare_hypersim import prepare
 from data.sampler import StepBatchSampler
-from data.training import open_training_set, read_batches
+from data.training_set import open_training_set, read_batches
+from engine import job, terminal
+from engine.terminal import say
 from losses.latent import valid_cells
 from miniature import render
 from nets.unet import UNet
@@ -90,7 +91,7 @@ def speed(training_set, workers, seconds):
     sampler = StepBatchSampler(0, 32, 1, training_set.probabilities, training_set.sizes,
                                first_step=0, last_step=10**9)
     batches = read_batches(training_set, sampler, workers, on_bad=lambda name, reason:
-                           engine.say(f"Replaced a bad sample: {reason}"))
+                           say(f"Replaced a bad sample: {reason}"))
     for _ in range(2 * workers):
         next(batches)
     count, started = 0, time.perf_counter()
@@ -106,9 +107,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="raw or processed Hypersim (frames that are drawn here)")
-    add("--frames", type=engine.positive, default=8, help="to read in turn (%(default)s)")
-    add("--workers", type=engine.positive, default=1, help="processes (%(default)s)")
-    add("--runs", type=engine.positive, default=7, help="of each kind (%(default)s)")
+    add("--frames", type=terminal.positive, default=8, help="to read in turn (%(default)s)")
+    add("--workers", type=terminal.positive, default=1, help="processes (%(default)s)")
+    add("--runs", type=terminal.positive, default=7, help="of each kind (%(default)s)")
     add("--seconds", type=float, default=1.0, help="of one run (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,4 +141,4 @@ def report(rates):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

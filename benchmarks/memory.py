@@ -25,11 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import engine
+from engine import job, terminal
+from engine.terminal import say
 from miniature import embedded
-from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
-from nets.precision import choose
+from nets.inference import memory
+from nets.inference.precision import choose
+from nets.model_file import LONGEST
 
 OPENING_TARGET = 1.3  # times reading the file once, warm
 PREDICTION_TARGETS_GB = {(480, 640): 2.8, (3024, 4032): 8.0}  # bfloat16, on a CPU
@@ -43,7 +45,7 @@ def options():
     add("--precision", nargs="+", choices=["float32", "bfloat16", "float16"],
         default=["bfloat16", "float32"])
     add("--device", default="auto")
-    add("--runs", type=engine.positive, default=3, help="of opening and reading (%(default)s)")
+    add("--runs", type=terminal.positive, default=3, help="of opening and reading (%(default)s)")
     add("--folder", type=Path, help="keeps the file of random weights (one that is removed)")
     add("--miniature", action="store_true", help="the embedded miniature")
     add("--measure", nargs="+", help=argparse.SUPPRESS)  # one figure, in this process
@@ -52,7 +54,7 @@ def options():
 
 def size(text):
     """argparse type: HxW -> (height, width)."""
-    height, width = map(engine.whole_between(*LONGEST), text.split("x"))
+    height, width = map(terminal.whole_between(*LONGEST), text.split("x"))
     return height, width
 
 
@@ -81,7 +83,7 @@ def read_once(device, path):
 
 def opened(device, path, precision, longest_side=None):
     """The model, ready to predict, and the seconds of reading it and of all."""
-    engine.keep_freed_memory(longest_side)
+    memory.keep_freed_memory(longest_side)
     torch.zeros(1, device=device)  # what a GPU needs to start does not count
     started = time.perf_counter()
     model = DepthMaster.from_file(path, device, getattr(torch, choose(precision, device)[0]))
@@ -137,7 +139,7 @@ def model_file(args, folder):
         return embedded.TRAINED
     path = folder / "random_sd2.safetensors"
     if not path.exists():
-        engine.say(f"Writing random weights to {path}.")
+        say(f"Writing random weights to {path}.")
         called(args, write_model, path)
     return path
 
@@ -180,7 +182,7 @@ def report_opening(args, path, libraries, state, prepare):
 
 def report(args, path):
     libraries = called(args, imports)
-    device = engine.start(args.device).device
+    device = job.start(args.device).device
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; the file has "
           f"{path.stat().st_size / 2**30:.2f} GiB, the libraries take {libraries['peak']:.2f} GiB; "
           f"opening: median of {args.runs} runs\n")
@@ -202,10 +204,10 @@ def report(args, path):
 def main():
     args = options()
     if args.measure:
-        return print(json.dumps(measure(engine.start(args.device).device, *args.measure)))
+        return print(json.dumps(measure(job.start(args.device).device, *args.measure)))
     with tempfile.TemporaryDirectory() as folder:
         report(args, model_file(args, args.folder or Path(folder)))
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

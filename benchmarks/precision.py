@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import engine
 from data.images import PICTURES, read_rgb
+from engine import job, terminal
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 from storage import walk
@@ -31,13 +31,13 @@ def main():
     add = parser.add_argument
     add("photos", type=Path, help="folder")
     add("--ckpt", type=Path, default=embedded.TRAINED)
-    add("--processing-res", type=engine.positive, nargs="+", default=[256, 768])
+    add("--processing-res", type=terminal.positive, nargs="+", default=[256, 768])
     add("--device", default="auto")
     args = parser.parse_args()
     photos = [args.photos / file for file in walk(args.photos) if file.lower().endswith(PICTURES)]
     if not photos:
         raise ValueError(f"{args.photos} holds no photograph: give a folder that does.")
-    device = engine.start(args.device).device
+    device = job.start(args.device).device
     models = [opened(args.ckpt, device, kind) for kind in ("float32", "bfloat16")]
     print("| photograph | longest side | mean difference | largest | target of the mean |")
     print("|---|---|---|---|---|")
@@ -51,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

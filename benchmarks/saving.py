@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import engine
-import run_folder
+from engine import job, run_folder, terminal
 from losses.alignment import FeatureAdapter
 from miniature import embedded
 from nets.depthmaster import DepthMaster
@@ -34,7 +33,7 @@ def options():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--folder", type=Path, default=Path("runs"), help="on the disk to measure (%(default)s)")
-    add("--runs", type=engine.positive, default=2, help="checkpoints (%(default)s)")
+    add("--runs", type=terminal.positive, default=2, help="checkpoints (%(default)s)")
     add("--device", default="auto")
     add("--miniature", action="store_true", help="the embedded miniature")
     return parser.parse_args()
@@ -82,7 +81,7 @@ def disk_speed(folder):
 
 
 def measure(args, folder):
-    device = engine.start(args.device).device
+    device = job.start(args.device).device
     model, trained, optimizer = training(device, args.miniature)
     print(f"{device}, torch {torch.__version__}; the disk takes "
           f"{disk_speed(folder) / 1e9:.2f} GB/s\n")
@@ -112,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

@@ -13,8 +13,8 @@ import time
 import numpy as np
 import torch
 
-import engine
 import metrics
+from engine import terminal
 
 RANGE = 1e-5, 80.0
 
@@ -72,7 +72,7 @@ def scene(height, width, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=engine.positive, nargs=2, default=(480, 640),
+    parser.add_argument("--size", type=terminal.positive, nargs=2, default=(480, 640),
                         metavar=("H", "W"))
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-import engine
+from engine import job
+from engine.terminal import say
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # two-sided 95 %, by number of seeds
 PROBE = 16  # steps that measure an arm's speed
@@ -111,7 +112,7 @@ def main():
     for name, words in chosen:
         folder = args.out / name.replace(" ", "_").replace(",", "")
         steps = round(60 * args.minutes * speed(args, words, folder / "probe"))
-        engine.say(f"{name}: {steps} steps of {BATCH}")
+        say(f"{name}: {steps} steps of {BATCH}")
         jobs += [(name, words, seed, steps, folder) for seed in range(args.seeds)]
     jobs.sort(key=lambda job: job[2])  # all arms of one seed first
     with ThreadPoolExecutor(2) as pool:
@@ -135,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

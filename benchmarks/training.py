@@ -18,13 +18,13 @@ import sys
 import torch
 from torch.profiler import profile
 
-import engine
 from benchmarks.timing import counter, matrix_rate, seconds, utilisation
+from engine import job, step, terminal
 from miniature import embedded
-from nets.checkpoint import LONGEST
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from nets.precision import choose
+from nets.inference.precision import choose
+from nets.model_file import LONGEST
 from train_stage1 import Stage1
 from train_stage2 import Stage2
 
@@ -36,14 +36,14 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", type=engine.whole_between(*LONGEST), nargs=2, metavar=("H", "W"),
+    add("--size", type=terminal.whole_between(*LONGEST), nargs=2, metavar=("H", "W"),
         help="480 640, the miniature's 192 256")
-    add("--micro-batch", type=engine.positive, default=1)
+    add("--micro-batch", type=terminal.positive, default=1)
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
     add("--checkpoint-activations", choices=["on", "off"], default="off")
     add("--compile", action="store_true", help="the U-Net")
     add("--device", default="auto")
-    add("--runs", type=engine.positive, default=5)
+    add("--runs", type=terminal.positive, default=5)
     add("--rows", nargs="+", choices=TARGETS, default=list(TARGETS))
     add("--miniature", action="store_true", help="the embedded miniature and its teacher")
     add("--profile", action="store_true", help="where the time goes")
@@ -70,7 +70,7 @@ def objective_and_batch(args, row, device, dtype):
                    DINOv2().to(dtype))
         objective, weights = Stage1(model, teacher, "mid", "kl"), {"latent": 1.0, "alignment": 1.0}
     objective.to(device, memory_format=torch.channels_last)
-    batch = engine.to_device(batch, device)
+    batch = step.to_device(batch, device)
     if row == "stage 1, cached":
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             batch = objective.frozen(batch)
@@ -82,7 +82,7 @@ def objective_and_batch(args, row, device, dtype):
 
 def measure(args, row):
     """One row as a dict."""
-    device = engine.start(args.device).device
+    device = job.start(args.device).device
     dtype = getattr(torch, choose(args.precision, device, training=True)[0])
     objective, batch, weights = objective_and_batch(args, row, device, dtype)
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -136,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.chunks import read_ahead
-from data.training import TrainingSet, collate
+from data.loading import read_ahead
+from data.training_set import TrainingSet, collate
 from data.transforms import BadSample, FilteredSample
 from storage import read_text, sha256, whole, write_text
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from data.files import read_hdf5, read_table
+from data.hypersim_geometry import MAX_DEPTH_M, MIN_DEPTH_M, on_object, planar_depth, read_cameras
 from data.images import read_png16, read_rgb
-from data.hypersim_geometry import (
-    MAX_DEPTH_M, MIN_DEPTH_M, on_object, planar_depth, read_cameras,
-)
 from data.transforms import BadSample, FilteredSample, check_same_size, pack_sample
 from storage import walk
 
@@ -32,7 +30,7 @@ class Hypersim:
     disk. With metadata_camera_parameters.csv in the root, planar depth uses the scene's own rays.
     """
 
-    benchmark = "hypersim"  # in data/benchmarks.py
+    benchmark = "hypersim"  # in data/sources.py
     exif = "auto"  # as in data/files.py
 
     def __init__(self, root, split="train", filter=None):
@@ -225,7 +223,7 @@ class ProcessedHypersim:
     without an object is that of pixels without depth.
     """
 
-    benchmark = "hypersim"  # in data/benchmarks.py
+    benchmark = "hypersim"  # in data/sources.py
     exif = "auto"  # as in data/files.py
 
     def __init__(self, root, split="train", filter=None):

@@ -66,7 +66,7 @@ class FolderOfPairs:
     for pixels without depth, as does what is above max_depth (metres; None: nothing is).
     """
 
-    benchmark = "pairs"  # in data/benchmarks.py
+    benchmark = "pairs"  # in data/sources.py
     expected = None  # how many pairs there should be is known to their owner only
 
     def __init__(self, root, depth_scale=1000.0, max_depth=None, resize_depth=None, exif="auto"):

@@ -19,11 +19,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import engine
-from data.chunks import read_ahead
+from data.loading import read_ahead
 from data.files import write_png
 from data.hypersim import PUBLISHED_COUNTS, SPLITS, Hypersim, are_present, depth_of
 from data.transforms import BadSample, FilteredSample
+from engine import job, terminal
 from storage import append, read_text, write_text
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.workers < 0:
         parser.error(f"--workers is {options.workers}, but must be 0 or more")
-    engine.check_folder(options.out, "OUT")
+    terminal.check_folder(options.out, "OUT")
     prepare(options.raw, options.out, options.splits, options.workers)
 
 
@@ -172,4 +172,4 @@ def print_counts(readers, dropped, pairs, finished):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

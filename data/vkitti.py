@@ -22,7 +22,7 @@ MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 80.0
 class VirtualKITTI:
     """SceneSS/VARIANT/frames/{rgb,depth}/Camera_C; depth is uint16 centimetres, the sky 65535."""
 
-    benchmark = "vkitti"  # in data/benchmarks.py
+    benchmark = "vkitti"  # in data/sources.py
     exif = "auto"  # as in data/files.py
 
     def __init__(self, root, split="train", crop=(352, 1216)):

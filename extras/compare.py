@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.results import read_results
+from evaluation.journal import read_results
 
 SHOWN = {"abs_rel": "AbsRel", "delta1": "d1", "boundary_f1": "F1"}
 PROTOCOL = ("align", "align_negative", "f1_mask", "f1_resolution")

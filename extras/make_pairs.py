@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import engine
 from data.files import read_npy, read_npz, write_npy, write_png
 from data.images import read_picture, read_rgb
 from data.pairs import read_depth
 from data.transforms import BadSample, check_same_size
+from engine import job, terminal
 from storage import read_text, walk
 
 # TUM's cameras aren't synchronised: its own tool pairs pictures less than this apart.
@@ -58,7 +58,7 @@ def main(argv=None):
     folders = {name: getattr(options, name) for name in readers if getattr(options, name)}
     if not folders:
         parser.error("give at least one of " + ", ".join(f"--{name}" for name in readers))
-    engine.check_folder(options.out, "OUT")
+    terminal.check_folder(options.out, "OUT")
     for name, folder in folders.items():
         write_pairs(options.out, name, folder, readers[name])
 
@@ -173,4 +173,4 @@ def is_number(text):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

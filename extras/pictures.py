@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.pictures import colourise, font_size, text_width, write
+from evaluation.pictures import colourise, font_size, text_width, write
 from storage import whole
 
 MEANING = "square-root disparity up to scale and shift: 1 = near, 0 = far"

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.benchmarks import BENCHMARKS
-from data.pictures import ERROR_MAX, colourise, nearness
-from data.results import read_results
-from extras.table import describe_count
+from data.sources import BENCHMARKS
+from evaluation.pictures import ERROR_MAX, colourise, nearness
+from evaluation.journal import read_results
+from evaluation.table import describe_count
 from storage import whole
 
 TEMPLATE = Path(__file__).with_name("report.html")

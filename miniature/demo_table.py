@@ -10,11 +10,12 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-import engine
 from data.hypersim import Hypersim
-from data.pictures import colourise, comparison, labelled, nearness
+from evaluation.pictures import colourise, comparison, labelled, nearness
 from data.transforms import normalise_target
-from metrics import align, evaluate_dataset, mean_scores
+from engine import job
+from evaluation.loop import evaluate_dataset
+from metrics import align, mean_scores
 from miniature import embedded
 from nets.depthmaster import DepthMaster
 
@@ -109,4 +110,4 @@ def main():
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

@@ -5,10 +5,11 @@ The small models in weights/, and scenes that are rendered into miniature/scenes
 
 from pathlib import Path
 
-import engine
-from data.training import check_folder
+from data.training_set import check_folder
+from engine import job, terminal
+from engine.terminal import say
 from miniature import render
-from nets import checkpoint
+from nets import model_file
 from nets.depthmaster import KINDS
 from nets.unet import UNet
 
@@ -30,9 +31,9 @@ STAGE2 = dict(steps=60, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=
 
 def scenes():
     """Renders the scenes that are absent; returns the folder that holds hypersim/ and vkitti/."""
-    if engine.is_first():
+    if terminal.is_first():
         render.ensure(SCENES, **FRAMES)
-    engine.wait()
+    job.wait()
     return SCENES
 
 
@@ -45,10 +46,10 @@ def training_data(data, vkitti):
         if folder:
             check_folder(folder)
     if data and not vkitti:
-        engine.say("No --vkitti: every sample comes from --data.")
+        say("No --vkitti: every sample comes from --data.")
     if data or vkitti:
         return data, vkitti
-    engine.say(f"No --data: training on the embedded scenes in {SCENES}.")
+    say(f"No --data: training on the embedded scenes in {SCENES}.")
     folder = scenes()
     return folder / "hypersim", folder / "vkitti"
 
@@ -63,7 +64,7 @@ def base_weights(data_given, sd2):
             f"{official} is not there: get Stable Diffusion 2's weights (README, \"Weights\"), run "
             "python convert_sd2.py FOLDER, or try --sd2 weights/miniature_sd2.safetensors.")
     if not data_given:
-        engine.say(f"No --sd2: starting from the embedded miniature, {SD2.name}.")
+        say(f"No --sd2: starting from the embedded miniature, {SD2.name}.")
     return official if data_given else SD2
 
 
@@ -72,14 +73,14 @@ def stage1_weights(data_given, ckpt):
     if ckpt:
         return ckpt
     if not data_given:
-        engine.say(f"No --ckpt: starting from the embedded miniature, {SD2.name}.")
+        say(f"No --ckpt: starting from the embedded miniature, {SD2.name}.")
         return SD2
     stage1 = Path("runs/stage1/model.safetensors")
     if not stage1.exists():
         raise FileNotFoundError(
             f"{stage1} is not there: run train_stage1.py first, or give its model with --ckpt (to "
             "train in one stage: --ckpt weights/sd2.safetensors).")
-    sizes = checkpoint.read_header(stage1, kinds=KINDS)["config"]["unet"]
+    sizes = model_file.read_header(stage1, kinds=KINDS)["config"]["unet"]
     official = UNet.__init__.__kwdefaults__["channels"]
     if tuple(sizes.get("channels", official)) != official:
         raise ValueError(

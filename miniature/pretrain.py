@@ -20,13 +20,14 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-import engine
 from data.hypersim import Hypersim
 from data.transforms import BadSample, normalise_target
 from data.vkitti import VirtualKITTI
+from engine import job
+from engine.step import set_learning_rate
 from losses.alignment import teacher_image
 from miniature.render import CLASSES
-from nets import checkpoint
+from nets import model_file
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.unet import UNet
@@ -116,7 +117,7 @@ def train(name, module, loss, steps, lr, log_every=200):
     progress = tqdm(range(steps), desc=name, mininterval=10)
     for step in progress:
         rate = lr * min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        engine.set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         optimizer.zero_grad()
         value = loss(step)
         value.backward()
@@ -273,8 +274,8 @@ def main():
         teacher = train_teacher(scenes, args.teacher_steps, args.seed)
         header = dict(kind="dinov2", config=TEACHER, sources=SOURCES, licence=LICENCE)
         tensors = {name: value.half() for name, value in teacher.state_dict().items()}
-        checkpoint.save(args.out / "miniature_dinov2.safetensors", tensors, header)
+        model_file.save(args.out / "miniature_dinov2.safetensors", tensors, header)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    job.run(main)

@@ -202,6 +202,6 @@ def main():
 
 
 if __name__ == "__main__":
-    import engine  # not at the top: the worker processes need no torch
+    from engine import job  # not at the top: the worker processes need no torch
 
-    engine.run(main)
+    job.run(main)

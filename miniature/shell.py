@@ -8,7 +8,18 @@ from dataclasses import replace
 import numpy as np
 
 from miniature.builder import (
-    NEXT, OUTSIDE, ROOM, brown, darker, facade_material, grey, metal, paint, tree, vivid, wood,
+    NEXT,
+    OUTSIDE,
+    ROOM,
+    brown,
+    darker,
+    facade_material,
+    grey,
+    metal,
+    paint,
+    tree,
+    vivid,
+    wood,
 )  # fmt: skip
 from miniature.raycast import Material
 from miniature.shading import Light

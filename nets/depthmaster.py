@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nets import checkpoint, strips
-from nets.folds import fold
+from nets import model_file
 from nets.fourier import FourierEnhancement
-from nets.precision import choose
+from nets.inference import strips
+from nets.inference.folds import fold
+from nets.inference.precision import choose
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
@@ -44,8 +45,8 @@ class DepthMaster(nn.Module):
     @classmethod
     def from_file(cls, path, device="cpu", dtype=None):
         """Opens a model file of kind sd2 (untrained for depth), stage1 or stage2."""
-        header = checkpoint.read_header(path, kinds=KINDS)
-        model = checkpoint.build(cls, header["config"], path, device, dtype)
+        header = model_file.read_header(path, kinds=KINDS)
+        model = model_file.build(cls, header["config"], path, device, dtype)
         model.kind, model.sources = header["kind"], header["sources"]
         model.licence = header["licence"]
         return model
@@ -70,13 +71,13 @@ class DepthMaster(nn.Module):
         tensors = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
         header = dict(kind=self.kind, config=self.config, sources=self.sources,
                       licence=self.licence)
-        checkpoint.save(path, tensors, header)
+        model_file.save(path, tensors, header)
 
     def is_saved(self, path):
         """Whether a file can be read and has the weights of this model."""
         expected = self.state_dict()
         try:
-            with checkpoint.open_weights(path) as file:
+            with model_file.open_weights(path) as file:
                 return set(file.keys()) == expected.keys() and all(
                     torch.equal(file.get_tensor(name), tensor.cpu())
                     for name, tensor in expected.items())
@@ -86,8 +87,8 @@ class DepthMaster(nn.Module):
     def for_inference(self, device="cpu", precision="auto", timesteps=(1,)):
         """Makes the model fast, and unfit for training and saving; returns it.
 
-        Brings it to a device and a precision (nets/precision.py), channels last, and folds what is
-        constant (nets/folds.py). timesteps: of the passes that it will be asked for.
+        Brings it to a device and a precision (nets/inference/precision.py), channels last, and
+        folds constants into weights (nets/inference/folds.py). timesteps: of the later passes.
         """
         if not self.folded:
             fold(self, timestep=tuple(timesteps) == (1,))

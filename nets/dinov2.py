@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from nets import checkpoint
-from nets.attention import attention, check_heads
+from nets import model_file
+from nets.ops.attention import attention, check_heads
 
 
 class PatchEmbedding(nn.Module):
@@ -103,8 +103,8 @@ class DINOv2(nn.Module):
     @classmethod
     def from_file(cls, path, device="cpu", dtype=None):
         """Opens a file that convert_sd2.py wrote from any of the official layouts."""
-        header = checkpoint.read_header(path, kinds=("dinov2",))
-        return checkpoint.build(cls, header["config"], path, device, dtype)
+        header = model_file.read_header(path, kinds=("dinov2",))
+        return model_file.build(cls, header["config"], path, device, dtype)
 
     def position_embedding(self, rows, columns):
         """Position embeddings 1,1+rows*columns,D for a grid of another size.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from nets.attention import check_heads
+from nets.ops.attention import check_heads
 
 EMPTY_PROMPT = (49406, 49407)  # start and end of text, without padding
 

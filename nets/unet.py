@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from nets import recompute
-from nets.attention import attention, check_heads
-from nets.enlarge import enlarge
 from nets.fourier import FourierEnhancement
+from nets.ops import recompute
+from nets.ops.attention import attention, check_heads
+from nets.ops.enlarge import enlarge
 
 
 def timestep_embedding(timestep, width):
@@ -57,7 +57,7 @@ class Resnet(nn.Module):
 
     def forward(self, x, time):
         h = self.conv1(silu(self.norm1(x)))
-        if self.time is not None:  # else it is part of conv1's bias (nets/folds.py)
+        if self.time is not None:  # else it is part of conv1's bias (nets/inference/folds.py)
             h = h + self.time(F.silu(time))[:, :, None, None]
         h = self.conv2(silu(self.norm2(h)))
         return self.shortcut(x) + h

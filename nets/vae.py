@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from nets import recompute
-from nets.attention import attention
-from nets.enlarge import enlarge
+from nets.ops import recompute
+from nets.ops.attention import attention
+from nets.ops.enlarge import enlarge
 
 
 class Resnet(nn.Module):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import engine
-import run_folder
-from data.training import collate, open_training_set
-from nets import checkpoint
+import train_stage1
+import train_stage2
+from data.training_set import collate, open_training_set
+from engine import run_folder
+from nets import model_file
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from tests.test_vkitti import CROP, write_frame
@@ -35,7 +36,7 @@ def files(tmp_path_factory):
     model.save(folder / "sd2.safetensors")
     model.become("stage1")
     model.save(folder / "stage1.safetensors")
-    checkpoint.save(folder / "dinov2.safetensors", DINOv2(**VIT).state_dict(),
+    model_file.save(folder / "dinov2.safetensors", DINOv2(**VIT).state_dict(),
                     dict(kind="dinov2", config=VIT, sources=[], licence=""))
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 2)):
@@ -129,12 +130,18 @@ def compiled_calls(monkeypatch, train):
 
 def interrupt(monkeypatch, steps):
     """Lets a run die after so many steps; returns a function that lets runs live again."""
-    original, left = engine.optimizer_step, iter(range(steps))
+    original, left = train_stage1.optimizer_step, iter(range(steps))
 
     def killed(*arguments):
         if next(left, None) is None:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(engine, "optimizer_step", killed)
-    return lambda: monkeypatch.setattr(engine, "optimizer_step", original)
+    replace_step(monkeypatch, killed)
+    return lambda: replace_step(monkeypatch, original)
+
+
+def replace_step(monkeypatch, function):
+    """Another optimizer_step for both trainers."""
+    for script in (train_stage1, train_stage2):
+        monkeypatch.setattr(script, "optimizer_step", function)

@@ -5,9 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses.alignment import (
-    FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image,
-)
+from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
 
 
 def numpy_kl(adapted, target):

@@ -1,11 +1,11 @@
-"""nets/attention.py: attention by products against PyTorch's own."""
+"""nets/ops/attention.py: attention by products against PyTorch's own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nets import attention as module
-from nets.attention import attention, by_products
+from nets.ops import attention as module
+from nets.ops.attention import attention, by_products
 
 # What else multiplies bfloat16 may round in between.
 in_hardware = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import torch
 from data import cache
 from data.cache import CachedTrainingSet, fill, fingerprint
 from data.pairs import FolderOfPairs
-from data.training import TrainingSet, collate
+from data.training_set import TrainingSet, collate
 from data.transforms import BadSample, FilteredSample
 
 

@@ -8,14 +8,25 @@ import torch
 from safetensors.torch import load_file
 
 import convert_sd2
-from nets import checkpoint, layouts
+from nets import model_file
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
+from nets.official import layouts
 from nets.unet import UNet
 from tests.fixtures.fourier_in_numpy import enhance
-from tests.fixtures.sources import (converted, diffusers_folder, facebook_tensors, fourier_tensors,
-                                    run, single_file_tensors, source, write_diffusers,
-                                    write_network, write_released, write_tensors)
+from tests.fixtures.sources import (
+    converted,
+    diffusers_folder,
+    facebook_tensors,
+    fourier_tensors,
+    run,
+    single_file_tensors,
+    source,
+    write_diffusers,
+    write_network,
+    write_released,
+    write_tensors,
+)
 from tests.fixtures.weights import names_and_shapes, noise, relative_error, stored
 
 
@@ -188,7 +199,7 @@ def test_single_file(tmp_path, diffusers_folder, ending):
     assert relative_error(found[embedding], stored("text")[2]["empty"]) < 1e-5
     found[embedding] = expected[embedding]
     assert_equal(found, expected)
-    header = [checkpoint.read_header(tmp_path / name)["config"]
+    header = [model_file.read_header(tmp_path / name)["config"]
               for name in ("single.safetensors", "folder.safetensors")]
     assert header[0] == header[1]
 
@@ -217,7 +228,7 @@ def test_export_and_back(tmp_path, converted, kind, capsys):
     said = capsys.readouterr().err.splitlines()[0]
     assert said == f"An exported {kind} model: a diffusers folder, of the test"
     assert_equal(load_file(after), load_file(before))
-    headers = [checkpoint.read_header(file) for file in (before, after)]
+    headers = [model_file.read_header(file) for file in (before, after)]
     for key in ("kind", "licence", "config"):
         assert headers[0][key] == headers[1][key]
 
@@ -243,7 +254,7 @@ def test_dinov2_in_all_layouts(tmp_path, name):
         out = convert_sd2.convert(tmp_path / source, tmp_path / "out.safetensors")
         tokens = DINOv2.from_file(out)(noise("image", (1, 3, 70, 112)))
         assert relative_error(tokens, expected) < 1e-5
-        assert checkpoint.read_header(out)["licence"] == licence
+        assert model_file.read_header(out)["licence"] == licence
 
 
 def test_licence_of_large_depth_anything(tmp_path):
@@ -252,7 +263,7 @@ def test_licence_of_large_depth_anything(tmp_path):
     tensors = {f"pretrained.{name}": torch.zeros(t.shape) for name, t in shapes.items()}
     write_tensors(tmp_path / "depth_anything_v2_vitl.pth", tensors)
     out = convert_sd2.convert(tmp_path / "depth_anything_v2_vitl.pth", tmp_path / "out.safetensors")
-    assert checkpoint.read_header(out)["licence"] == "CC-BY-NC-4.0 (Depth-Anything-V2)"
+    assert model_file.read_header(out)["licence"] == "CC-BY-NC-4.0 (Depth-Anything-V2)"
 
 
 def test_command_line(tmp_path, monkeypatch, capsys, diffusers_folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from miniature.embedded import TRAINED
-from nets import checkpoint
+from nets import model_file
 from nets.depthmaster import DepthMaster
 
 SMALL = dict(vae=dict(channels=(4, 4, 8, 8), layers=1, groups=2),
@@ -162,7 +162,7 @@ def test_file_round_trip(model, tmp_path):
     assert half.vae.quant_conv.weight.dtype == torch.float16
     again.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
-    checkpoint.save(path, {}, dict(kind="dinov2", config={}, sources=[], licence=""))
+    model_file.save(path, {}, dict(kind="dinov2", config={}, sources=[], licence=""))
     with pytest.raises(ValueError, match="holds a dinov2 model"):
         DepthMaster.from_file(path)
 

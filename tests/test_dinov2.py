@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nets import checkpoint
+from nets import model_file
 from nets.dinov2 import DINOv2
 from tests.fixtures.networks import small_network
 from tests.fixtures.weights import noise, relative_error
@@ -54,7 +54,7 @@ def test_file_round_trip(tmp_path):
     dinov2 = DINOv2(**sizes).eval()
     file = tmp_path / "dinov2.safetensors"
     header = dict(kind="dinov2", config=sizes, sources=[], licence="none")
-    checkpoint.save(file, dinov2.state_dict(), header)
+    model_file.save(file, dinov2.state_dict(), header)
     image = noise("image", (1, 3, 8, 12))
     with torch.no_grad():
         assert torch.equal(DINOv2.from_file(file)(image), dinov2(image))

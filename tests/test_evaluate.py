@@ -15,20 +15,21 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-
-import engine
-import evaluate
-import metrics
-from data.benchmarks import BENCHMARKS, find_benchmarks
-from data.pairs import FolderOfPairs
-from data.results import Journal, prepare
-from data.transforms import normalise_target
-from extras.report import write_report
-from miniature import embedded
-from nets.depthmaster import DepthMaster
 from test_metrics import boxes, noisy, numpy_score
 from test_predict import photo, save_tiny
 from test_vkitti import CROP, HEIGHT, WIDTH, write_frame
+
+import evaluate
+import metrics
+from evaluation import loop
+from data.sources import BENCHMARKS, find_benchmarks
+from data.pairs import FolderOfPairs
+from evaluation.journal import Journal, prepare
+from data.transforms import normalise_target
+from engine import job
+from extras.report import write_report
+from miniature import embedded
+from nets.depthmaster import DepthMaster
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on their number
 SIZES = {"a": (40, 60), "deep/b": (45, 50), "deep/c": (45, 50)}
@@ -69,7 +70,7 @@ def call(monkeypatch, *arguments):
     """Runs the script in this process: the exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     try:
-        engine.run(evaluate.main)
+        job.run(evaluate.main)
     except SystemExit as stop:
         return stop.code
     return 0
@@ -325,7 +326,7 @@ def test_a_reader_that_dies_is_one_sentence(tmp_path):
             return super().__getitem__(index)
 
     with pytest.raises(ValueError, match="died .* read rgb/02: look at"):
-        list(metrics.evaluate_dataset(lambda samples: [torch.ones(45, 50)], Dying(root), ["depth"],
+        list(loop.evaluate_dataset(lambda samples: [torch.ones(45, 50)], Dying(root), ["depth"],
                                       1e-5, 80, workers=1))
 
 
@@ -574,7 +575,7 @@ def test_two_evaluations_do_not_share_a_folder(world, ckpt, tmp_path, monkeypatc
     words = "--ckpt", ckpt, "--data", world / "root", "--out", tmp_path / "out"
     (tmp_path / "out").mkdir()
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import run_folder, sys, pathlib\n"
+        [sys.executable, "-c", "from engine import run_folder\nimport sys, pathlib\n"
          f"run_folder.claim(pathlib.Path({str(tmp_path / 'out')!r}))\n"
          "print('held', flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(evaluate.__file__).parent)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nets import strips
 from nets.depthmaster import DepthMaster
-from nets.enlarge import enlarge
+from nets.inference import strips
+from nets.ops.enlarge import enlarge
 from nets.vae import AutoencoderKL
 
 VAE = dict(channels=(8, 16, 16, 24), layers=1, groups=4)
@@ -114,7 +114,7 @@ def test_strips_leave_the_image_and_the_latent_alone():
 
 GROWTH = """
 import resource, torch
-from nets import strips
+from nets.inference import strips
 x = torch.ones(1, 128, 400, 2016, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before = resident()

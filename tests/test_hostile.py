@@ -21,20 +21,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import engine
-import run_folder
 from convert_sd2 import convert
-from data import files, results
+from data import files
+from evaluation import journal
 from data.archives import Folder, Tar
 from data.hypersim import Hypersim
 from data.images import read_picture, read_png16, read_rgb
 from data.pairs import FolderOfPairs, read_depth
 from data.transforms import BadSample
 from data.zeroshot import ZeroShot
-from nets import checkpoint
+from engine import job, run_folder
+from nets import model_file
 from nets.depthmaster import DepthMaster
-from nets.official import open_source
-from nets.untrusted import read_settings, read_tensors
+from nets.official.read import read_settings, read_tensors
+from nets.official.source import open_source
 from tests.fixtures.sources import write_network
 from tests.small_runs import UNET, VAE
 
@@ -239,14 +239,13 @@ def test_a_split_table_does_not_lead_out_of_the_folder(tmp_path):
 
 
 def test_a_name_with_a_newline_is_one_line_in_messages(tmp_path, monkeypatch, capsys):
-    import engine
     folder = tmp_path / "two\nlines"
 
     def main():
         FolderOfPairs(folder)
 
     with pytest.raises(SystemExit):
-        engine.run(main)
+        job.run(main)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -308,15 +307,15 @@ def small_model(path):
 ])
 def test_headers_that_lie(tmp_path, change):
     path = small_model(tmp_path / "model.safetensors")
-    header = checkpoint.read_header(path) | change
-    save_file({"w": torch.zeros(2)}, path, metadata={checkpoint.KEY: json.dumps(header)})
+    header = model_file.read_header(path) | change
+    save_file({"w": torch.zeros(2)}, path, metadata={model_file.KEY: json.dumps(header)})
     with pytest.raises(ValueError, match="model.safetensors"):
         DepthMaster.from_file(path)
 
 
 def test_a_header_that_is_nested_without_end(tmp_path):
     path = tmp_path / "model.safetensors"
-    save_file({"w": torch.zeros(2)}, path, metadata={checkpoint.KEY: "[" * 100_000})
+    save_file({"w": torch.zeros(2)}, path, metadata={model_file.KEY: "[" * 100_000})
     with pytest.raises(ValueError, match="damaged header"):
         DepthMaster.from_file(path)
 
@@ -491,16 +490,16 @@ def test_pipes_are_not_waited_for(tmp_path, monkeypatch):
     for name in ("args.json", "log.jsonl", "state.pt", "evaluation.json", "per_image.csv",
                  "pairs.csv", "weights.pth", "config.json", "model.safetensors", "a.npy"):
         os.mkfifo(tmp_path / name)
-    ranks = engine.Ranks(0, 1, torch.device("cpu"))
+    ranks = job.Ranks(0, 1, torch.device("cpu"))
     calls = [lambda: run_folder.open_run(tmp_path, {"steps": 1}, ranks),
              lambda: run_folder.read_options(tmp_path / "args.json"),
-             lambda: results.read_settings(tmp_path / "evaluation.json"),
-             lambda: results.Journal(tmp_path, ["a"]),
+             lambda: journal.read_settings(tmp_path / "evaluation.json"),
+             lambda: journal.Journal(tmp_path, ["a"]),
              lambda: files.read_table(tmp_path / "pairs.csv"),
              lambda: read_tensors(tmp_path / "weights.pth"),
              lambda: read_settings(tmp_path / "weights.pth"),
              lambda: open_source(tmp_path / "weights.pth"),
-             lambda: checkpoint.read_header(tmp_path / "model.safetensors"),
+             lambda: model_file.read_header(tmp_path / "model.safetensors"),
              lambda: Folder(tmp_path).read("a.npy"), lambda: read_rgb(tmp_path / "a.npy")]
     signal.alarm(60)
     for call in calls:
@@ -543,7 +542,7 @@ def test_a_network_that_the_file_can_not_hold_is_not_built(tmp_path, monkeypatch
     levels = 32
     config = {"unet": dict(channels=[99_000] * levels, heads=[1] * levels, layers=100, groups=1,
                            attention=[True] * levels)}
-    checkpoint.save(tmp_path / "big.safetensors", {"unet.w": torch.zeros(1)},
+    model_file.save(tmp_path / "big.safetensors", {"unet.w": torch.zeros(1)},
                     dict(kind="stage1", config=config, sources=[], licence=""))
     monkeypatch.setattr(DepthMaster, "__init__", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(ValueError, match="can't be built .it has 1 tensors"):

@@ -7,15 +7,23 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from hypersim_files import (
-    HEIGHT, WIDTH, frame_folder, frame_path, scene_arrays, write_camera_csv, write_data_set,
-    write_frame, write_hdf5, write_split_csv,
+    HEIGHT,
+    WIDTH,
+    frame_folder,
+    frame_path,
+    scene_arrays,
+    write_camera_csv,
+    write_data_set,
+    write_frame,
+    write_hdf5,
+    write_split_csv,
 )
 
-from data.benchmarks import open_benchmark
+from data.sources import open_benchmark
 from data.files import read_hdf5, read_table
 from data.hypersim import SPLIT_CSV, Hypersim, ProcessedHypersim, tone_map
 from data.hypersim_geometry import planar_depth, planar_per_distance, read_cameras
-from data.training import open_training_source
+from data.training_set import open_training_source
 from data.transforms import BadSample, FilteredSample
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "hypersim"

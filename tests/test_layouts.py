@@ -1,10 +1,10 @@
-"""nets/layouts.py on the names of all tensors of the full-size networks, in both directions."""
+"""nets/official/layouts.py on the names of all tensors of the full-size networks, both ways."""
 
 import pytest
 import torch
 
-from nets import layouts
-from nets.official import NETWORKS
+from nets.official import layouts
+from nets.official.source import NETWORKS
 from tests.fixtures.sources import SINGLE_FILE_NAMES
 from tests.fixtures.weights import names_and_shapes
 

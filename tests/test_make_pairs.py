@@ -6,9 +6,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from extras.make_pairs import fill, main
 from data.pairs import FolderOfPairs
 from data.transforms import BadSample
+from extras.make_pairs import fill, main
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 SHAPE = (6, 8)

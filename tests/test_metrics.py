@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import metrics
+from evaluation import loop
 from data.transforms import to_target_space
 
 RANGE = dict(min_depth=1e-3, max_depth=10.0)
@@ -279,7 +280,7 @@ def predict(samples):
 
 def test_evaluate_dataset_scores_every_image_in_every_space():
     reader, bad = Reader(), []
-    rows = list(metrics.evaluate_dataset(
+    rows = list(loop.evaluate_dataset(
         predict, reader, metrics.SPACES, **RANGE, negative="square", f1_mask="owner",
         on_bad=lambda *why: bad.append(why)))
     assert bad == [("scene/1", "scene/1.hdf5 is truncated.")]
@@ -296,8 +297,8 @@ def test_evaluate_dataset_scores_every_image_in_every_space():
 
 def test_evaluate_dataset_raises_without_on_bad_and_takes_indices():
     with pytest.raises(ValueError, match="truncated"):
-        list(metrics.evaluate_dataset(predict, Reader(), ["depth"], **RANGE))
-    rows = metrics.evaluate_dataset(predict, Reader(), ["depth"], **RANGE, chunks=[[2], [0]])
+        list(loop.evaluate_dataset(predict, Reader(), ["depth"], **RANGE))
+    rows = loop.evaluate_dataset(predict, Reader(), ["depth"], **RANGE, chunks=[[2], [0]])
     assert [row.image for row in rows] == ["scene/2", "scene/0"]
 
 
@@ -310,11 +311,11 @@ def test_images_of_one_size_are_predicted_together(workers):
         sizes.append(len(samples))
         return predict(samples)
 
-    together = list(metrics.evaluate_dataset(
+    together = list(loop.evaluate_dataset(
         predict_and_note, reader, ["depth"], **RANGE, chunks=[[0, 1, 2, 3]], workers=workers,
         on_bad=lambda name, reason: bad.append(name)))
     assert sizes == [2, 1] and bad == ["scene/2"]
-    alone = list(metrics.evaluate_dataset(predict, reader, ["depth"], **RANGE,
+    alone = list(loop.evaluate_dataset(predict, reader, ["depth"], **RANGE,
                                           on_bad=lambda name, reason: None))
     assert together == alone
 
@@ -322,7 +323,7 @@ def test_images_of_one_size_are_predicted_together(workers):
 def test_what_is_looked_at_is_aligned_and_clipped():
     seen = []
     reader = Reader()
-    list(metrics.evaluate_dataset(
+    list(loop.evaluate_dataset(
         predict, reader, ["disparity", "depth"], **RANGE, chunks=[[0]],
         look=lambda sample, pred_m: seen.append((sample["name"], pred_m))))
     depth_m, valid = tensors(*reader.maps[0])
@@ -331,19 +332,19 @@ def test_what_is_looked_at_is_aligned_and_clipped():
 
 
 def test_predictions_that_fix_nothing_are_counted():
-    flat = list(metrics.evaluate_dataset(lambda samples: [torch.full((30, 40), 0.5)], Reader(),
+    flat = list(loop.evaluate_dataset(lambda samples: [torch.full((30, 40), 0.5)], Reader(),
                                          ["depth", "disparity"], **RANGE, chunks=[[0]]))
     assert flat[0].unfitted == ["depth", "disparity"]
     assert all(math.isfinite(value) for scores in flat[0].scores.values()
                for value in scores.values())
-    negative = list(metrics.evaluate_dataset(lambda samples: [-torch.rand(30, 40)], Reader(),
+    negative = list(loop.evaluate_dataset(lambda samples: [-torch.rand(30, 40)], Reader(),
                                              ["depth", "disparity"], **RANGE, chunks=[[0]]))
     assert negative[0].unfitted == ["disparity"]
 
 
 def test_numbers_too_large_to_square_are_no_nan():
     pred = torch.rand(30, 40, dtype=torch.float64) * 1e200
-    found = list(metrics.evaluate_dataset(lambda samples: [pred], Reader(), ["depth"], **RANGE,
+    found = list(loop.evaluate_dataset(lambda samples: [pred], Reader(), ["depth"], **RANGE,
                                           chunks=[[0]]))
     assert found[0].unfitted == ["depth"]
     assert all(map(math.isfinite, found[0].scores["depth"].values()))
@@ -374,7 +375,7 @@ def test_any_size_and_layout_and_no_argument_is_changed(size):
 ])
 def test_predictions_that_cannot_be_scored_are_named(pred, message):
     with pytest.raises(ValueError, match=message):
-        list(metrics.evaluate_dataset(lambda samples: [pred], Reader(), ["depth"], **RANGE))
+        list(loop.evaluate_dataset(lambda samples: [pred], Reader(), ["depth"], **RANGE))
 
 
 @pytest.mark.parametrize("call", [

@@ -6,7 +6,8 @@ import torch
 
 from data.hypersim import Hypersim
 from data.transforms import normalise_target
-from metrics import evaluate_dataset, mean_scores, score
+from evaluation.loop import evaluate_dataset
+from metrics import mean_scores, score
 from miniature import embedded, pretrain, render
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
@@ -66,8 +67,8 @@ def test_the_base_and_the_trained_model_share_the_autoencoder():
 def test_the_teacher_tells_places_apart(held_out):
     """Tokens of patches of one class are closer to each other than to those of other classes."""
     teacher = DINOv2.from_file(embedded.DINOV2)
-    from miniature.pretrain import semantic_classes
     from losses.alignment import teacher_image
+    from miniature.pretrain import semantic_classes
     within, across = [], []
     for index in range(FRAMES):
         image = held_out[index]["image"][None] / 127.5 - 1

@@ -1,13 +1,21 @@
-"""nets/official.py on sources that cannot be converted: one sentence, exit code 1."""
+"""nets/official/source.py on sources that cannot be converted: one sentence, exit code 1."""
 
 import json
 
 import pytest
 import torch
 
-from nets import official
-from tests.fixtures.sources import (converted, diffusers_folder, facebook_tensors, run,
-                                    single_file_tensors, source, write_network, write_tensors)
+from nets.official import source as official_source
+from tests.fixtures.sources import (
+    converted,
+    diffusers_folder,
+    facebook_tensors,
+    run,
+    single_file_tensors,
+    source,
+    write_network,
+    write_tensors,
+)
 
 
 def changed(folder, name, change, file=None):
@@ -126,7 +134,7 @@ def test_truncated_files(tmp_path, monkeypatch, capsys, name, keep):
 
 def test_single_files_that_do_not_fit(tmp_path, monkeypatch, capsys):
     def refused(tensors, sentence):
-        monkeypatch.setattr(official, "read_tensors", lambda file: dict(tensors))
+        monkeypatch.setattr(official_source, "read_tensors", lambda file: dict(tensors))
         assert_refused(tmp_path, monkeypatch, capsys, tmp_path / "sd.safetensors", sentence)
     (tmp_path / "sd.safetensors").touch()
     tensors = single_file_tensors()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.chunks import preflight
+from data.loading import preflight
 from data.pairs import FolderOfPairs, read_depth
 from data.transforms import BadSample
 

@@ -1,4 +1,4 @@
-"""nets/precision.py: what `auto` is, and that it is measured only where it is asked for."""
+"""nets/inference/precision.py: what `auto` is, and when it is measured."""
 
 import subprocess
 import sys
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nets import precision
 from nets.depthmaster import DepthMaster
-from nets.precision import bfloat16_share, choose
+from nets.inference import precision
+from nets.inference.precision import bfloat16_share, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 

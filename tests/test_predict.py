@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import predict
 from data.images import read_rgb
-from data.pictures import INVALID_COLOUR, colourise, comparison, font_size
+from evaluation.pictures import INVALID_COLOUR, colourise, comparison, font_size
+from engine import job
 from extras.pictures import MEANING, with_legend
 from miniature import embedded
 from nets.depthmaster import DepthMaster
@@ -47,7 +47,7 @@ def call(monkeypatch, *arguments):
     """Runs the script in this process: the exit code."""
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
     try:
-        engine.run(predict.main)
+        job.run(predict.main)
     except SystemExit as stop:
         return stop.code
     return 0

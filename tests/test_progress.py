@@ -1,4 +1,4 @@
-"""progress.py: signals, the rows of the log, steps that are skipped, spikes."""
+"""engine/progress.py: signals, the rows of the log, steps that are skipped, spikes."""
 
 import json
 import signal
@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
-import run_folder
-from engine import Outcome, Ranks
-from progress import Progress, Watch
+from engine import run_folder
+from engine.job import Ranks
+from engine.progress import Progress, Watch
+from engine.step import Outcome
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

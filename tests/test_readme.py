@@ -6,8 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-CORE = [path.relative_to(ROOT).as_posix() for folder in (".", "nets", "losses", "data")
-        for path in sorted((ROOT / folder).glob("*.py")) if path.name != "__init__.py"]
+OUTSIDE = {"extras", "miniature", "benchmarks", "tests", "runs"}  # of the core
+CORE = [name for name in sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+        if name.split("/")[0] not in OUTSIDE and not name.startswith(".")
+        and not name.endswith("__init__.py")]
 
 
 def section(title):

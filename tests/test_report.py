@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import metrics
-from data.benchmarks import BENCHMARKS
+from data.sources import BENCHMARKS
 from extras.report import COLUMNS, PICTURES, PUBLISHED, SYSTEMS, shrink, write_report
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")

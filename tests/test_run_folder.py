@@ -1,4 +1,4 @@
-"""run_folder.py: what resuming finds, whatever happened to the files; the log."""
+"""engine/run_folder.py: what resuming finds, whatever happened to the files; the log."""
 
 import contextlib
 import errno
@@ -16,13 +16,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import engine
-import run_folder
 import storage
-from nets import checkpoint
+from engine import job, run_folder
+from nets import model_file
 from nets.depthmaster import DepthMaster
 
-ALONE = engine.Ranks(0, 1, torch.device("cpu"))
+ALONE = job.Ranks(0, 1, torch.device("cpu"))
 OPTIONS = {"lr": 0.1, "steps": 9}
 
 
@@ -226,7 +225,7 @@ def test_the_model_file_comes_back_with_the_checkpoint(tmp_path, spoil, capsys):
         is_saved = DepthMaster.is_saved
 
         def save(self, path):
-            checkpoint.write_tensors(path, self.state_dict(), {})
+            model_file.write_tensors(path, self.state_dict(), {})
 
     torch.manual_seed(0)
     trained = Weights(2, 1)

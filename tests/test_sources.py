@@ -14,14 +14,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from convert_sd2 import convert
-from nets import checkpoint
+from nets import model_file
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
-from nets.official import open_source
+from nets.official.source import open_source
 from storage import sha256
-from tests.fixtures.sources import (converted, diffusers_folder, facebook_tensors,
-                                    single_file_tensors, source, write_network, write_released,
-                                    write_tensors)
+from tests.fixtures.sources import (
+    converted,
+    diffusers_folder,
+    facebook_tensors,
+    single_file_tensors,
+    source,
+    write_network,
+    write_released,
+    write_tensors,
+)
 from tests.fixtures.weights import noise, stored, weights
 
 UNET = "diffusion_pytorch_model.safetensors"
@@ -43,7 +50,7 @@ def assert_same(source, expected, out):
     found, expected = load_file(convert(source, out)), load_file(expected)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    return checkpoint.read_header(out)
+    return model_file.read_header(out)
 
 
 def write_json(file, content):
@@ -405,7 +412,7 @@ def test_the_hubs_cache(tmp_path, diffusers_folder, converted, main):
     folder = hub(tmp_path, {"abc": diffusers_folder}, main)
     for given in (folder, folder / "snapshots", folder / "snapshots" / "abc"):
         header = assert_same(given, converted, tmp_path / "out.safetensors")
-    assert header["sources"] == checkpoint.read_header(converted)["sources"]
+    assert header["sources"] == model_file.read_header(converted)["sources"]
 
 
 def test_several_snapshots(tmp_path, diffusers_folder, dinov2, converted):

@@ -80,14 +80,15 @@ def test_other_beginnings_are_not_known():
 @pytest.mark.parametrize("call, places", [
     (r"os\.walk\(|\.rglob\(|os\.scandir\(", {"storage.py"}),
     (r"\bImage\.open\(|\biio\.imread\(", {"data/images.py"}),
-    (r"\bsafe_open\(", {"nets/checkpoint.py"}),
+    (r"\bsafe_open\(", {"nets/model_file.py"}),
     (r"file_digest\(", {"storage.py"}),
-    (r"os\.replace\(", {"storage.py", "run_folder.py", "nets/export.py"}),
+    (r"os\.replace\(", {"storage.py", "engine/run_folder.py", "nets/official/export.py"}),
 ])
 def test_there_is_one_place_for_each(call, places):
-    """(run_folder.py moves one whole checkpoint, nets/export.py a whole folder.)"""
-    files = [path for folder in (".", "nets", "losses", "data", "extras", "miniature")
-             for path in (ROOT / folder).glob("*.py")]
+    """(engine/run_folder.py moves one whole checkpoint, nets/official/export.py a whole folder.)"""
+    folders = ("nets", "engine", "losses", "data", "evaluation", "extras", "miniature")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders
+                                   for path in (ROOT / folder).rglob("*.py"))]
     found = {path.relative_to(ROOT).as_posix() for path in files
              if re.search(call, path.read_text())}
     assert found == places

@@ -14,11 +14,11 @@ from PIL import Image
 from test_predict import photo, save_tiny
 from test_zeroshot import world_of, write
 
-from data.chunks import Checked, read_ahead
+from data.loading import Checked, read_ahead
 from data.files import write_npy
 from data.hypersim import ProcessedHypersim
 from data.pairs import FolderOfPairs
-from data.training import TrainingSet
+from data.training_set import TrainingSet
 from data.zeroshot import ZeroShot
 from tests.small_runs import SHORT, files  # noqa: F401
 

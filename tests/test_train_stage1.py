@@ -12,18 +12,29 @@ import numpy as np
 import pytest
 import torch
 
-import engine
 import train_stage1
+from engine.step import Outcome
 from losses.alignment import feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import latent_loss
 from miniature import embedded
-from nets import precision
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
+from nets.inference import precision
 from nets.unet import UNet
 from tests.small_runs import (
-    CROP, SHORT, comes_back, compiled_calls, files, first_losses, gradient_that_adam_had, interrupt,
-    losses_of, opened, run, streets,
+    CROP,
+    SHORT,
+    comes_back,
+    compiled_calls,
+    files,
+    first_losses,
+    gradient_that_adam_had,
+    interrupt,
+    losses_of,
+    opened,
+    replace_step,
+    run,
+    streets,
 )
 
 
@@ -261,8 +272,8 @@ def test_weights_and_data_may_not_change_in_mid_run(files, tmp_path, monkeypatch
 
 
 def test_a_run_of_which_every_step_was_skipped_fails(files, tmp_path, monkeypatch):
-    skipped = engine.Outcome(None, ["x"], ["x"])
-    monkeypatch.setattr(engine, "optimizer_step", lambda *arguments: skipped)
+    skipped = Outcome(None, ["x"], ["x"])
+    replace_step(monkeypatch, lambda *arguments: skipped)
     with pytest.raises(ValueError, match="all of the 4 steps were skipped.*lower --lr"):
         train(monkeypatch, files, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()

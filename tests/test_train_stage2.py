@@ -13,8 +13,17 @@ from nets.depthmaster import DepthMaster
 from nets.unet import UNet
 from tests.fixtures.weights import relative_error
 from tests.small_runs import (
-    CROP, comes_back, compiled_calls, files, first_losses, gradient_that_adam_had, interrupt,
-    losses_of, opened, run, streets,
+    CROP,
+    comes_back,
+    compiled_calls,
+    files,
+    first_losses,
+    gradient_that_adam_had,
+    interrupt,
+    losses_of,
+    opened,
+    run,
+    streets,
 )
 
 

@@ -1,4 +1,4 @@
-"""data/training.py: telling data sets apart, samples as a pure function of k, replacement."""
+"""data/training_set.py: telling data sets apart, samples as a pure function of k, replacement."""
 
 import os
 import subprocess
@@ -14,12 +14,17 @@ import torch
 from hypersim_files import frame_path, scene_arrays, write_data_set, write_frame, write_split_csv
 from torch.utils.data import DataLoader
 
-from data import chunks
+from data import loading
 from data.hypersim import Hypersim, ProcessedHypersim
 from data.pairs import FolderOfPairs
 from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
-from data.training import (
-    TrainingSet, collate, has_complete_cell, open_training_set, open_training_source, read_batches,
+from data.training_set import (
+    TrainingSet,
+    collate,
+    has_complete_cell,
+    open_training_set,
+    open_training_source,
+    read_batches,
 )
 from data.transforms import BadSample, FilteredSample, normalise_target, resize_nearest
 from data.vkitti import VirtualKITTI
@@ -238,7 +243,7 @@ def test_a_data_set_that_is_all_torn_is_one_sentence(workers):
 LEFT = """
 from itertools import islice
 from data.sampler import replacements, StepBatchSampler
-from data.training import read_batches
+from data.training_set import read_batches
 from tests.test_training_set import SIZE, Rooms, training_set
 samples = training_set([Rooms()], probabilities=[1.0], sizes=[SIZE])
 batches = read_batches(samples, StepBatchSampler(3, 8, 8, [1.0], [SIZE], 0, 500), 2, print)
@@ -372,11 +377,11 @@ def test_a_data_set_one_level_off_is_named(tmp_path):
 
 
 def test_without_room_in_shared_memory_samples_are_sent_as_bytes(monkeypatch):
-    monkeypatch.setattr(chunks, "SHARED", "/")
-    monkeypatch.setattr(chunks, "ROOM", 1 << 62)
+    monkeypatch.setattr(loading, "SHARED", "/")
+    monkeypatch.setattr(loading, "ROOM", 1 << 62)
     sampler = StepBatchSampler(3, 8, 2, MIX, [SIZE, WIDE], 0, 2)
     sent = list(read_batches(training_set(), sampler, 2, on_bad=None))
-    monkeypatch.setattr(chunks, "ROOM", 0)
+    monkeypatch.setattr(loading, "ROOM", 0)
     shared = list(read_batches(training_set(), sampler, 2, on_bad=None))
     assert len(sent) == len(shared) > 4
     for one, other in zip(sent, shared):
@@ -392,7 +397,7 @@ class Breaks(Rooms):
 def test_an_error_of_a_worker_is_not_called_its_death():
     samples = training_set([Breaks()], probabilities=[1.0], sizes=[SIZE])
     with pytest.raises(RuntimeError, match="CUDA is unhappy|of another kind") as caught:
-        list(chunks.read_ahead(samples, 1, batch_size=None, sampler=[0]))
+        list(loading.read_ahead(samples, 1, batch_size=None, sampler=[0]))
     assert "died" not in str(caught.value) and "room_" in "".join(caught.value.__notes__)
 
 
@@ -401,8 +406,8 @@ def test_a_worker_that_gives_nothing_is_noticed(monkeypatch):
         def __getitem__(self, i):
             time.sleep(3)
 
-    monkeypatch.setattr(chunks, "LONGEST_WAIT", 1)
-    monkeypatch.setattr(chunks, "LOOK_AFTER", 0.5)
+    monkeypatch.setattr(loading, "LONGEST_WAIT", 1)
+    monkeypatch.setattr(loading, "LOOK_AFTER", 0.5)
     samples = training_set([Sleeps()], probabilities=[1.0], sizes=[SIZE])
     with pytest.raises(ValueError, match="nothing was read for 1 seconds.*room_.*--workers 0"):
-        list(chunks.read_ahead(samples, 1, batch_size=None, sampler=[0]))
+        list(loading.read_ahead(samples, 1, batch_size=None, sampler=[0]))

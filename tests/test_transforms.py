@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from data.transforms import (
-    BadSample, FilteredSample, kitti_crop, normalise_target, pack_sample, resize_antialias,
+    BadSample,
+    FilteredSample,
+    kitti_crop,
+    normalise_target,
+    pack_sample,
+    resize_antialias,
     resize_nearest,
 )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nets.recompute import activation_bytes
+from nets.ops.recompute import activation_bytes
 from nets.unet import UNet
 from tests.fixtures.networks import small_network
 from tests.fixtures.weights import noise, relative_error

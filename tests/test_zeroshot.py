@@ -10,13 +10,13 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from test_metrics import numpy_score
 
 import evaluate
 from data import zeroshot
 from data.archives import Tar
-from data.benchmarks import BENCHMARKS, open_benchmark
+from data.sources import BENCHMARKS, open_benchmark
 from data.transforms import BadSample
-from test_metrics import numpy_score
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "diode" / "val"
 SIZES = {"nyu": (480, 640), "kitti": (375, 1242), "eth3d": (40, 60), "scannet": (48, 64),

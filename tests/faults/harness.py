@@ -50,8 +50,9 @@ def sha256(path):
 
 
 POISON = """
-import engine, {script}
-original, steps = engine.optimizer_step, iter(range(10**9))
+import {script}
+from engine import job
+original, steps = {script}.optimizer_step, iter(range(10**9))
 def poisoned(objective, *rest):
     parameter = next(p for p in objective.parameters() if p.requires_grad)
     bad = next(steps) % {every} == {every} - 1
@@ -60,17 +61,18 @@ def poisoned(objective, *rest):
         return original(objective, *rest)
     finally:
         hook and hook.remove()
-engine.optimizer_step = poisoned
-engine.run({script}.main)
+{script}.optimizer_step = poisoned
+job.run({script}.main)
 """
 
 
 UNREADABLE = """
-import errno, zipfile, engine, {script}
+import errno, zipfile, {script}
+from engine import job
 def fails(self):
     raise OSError(errno.EIO, "Input/output error")
 zipfile.ZipFile.testzip = fails
-engine.run({script}.main)
+job.run({script}.main)
 """
 
 

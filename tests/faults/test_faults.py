@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from tests.faults.harness import (
-    finish, kill_at_random, poisoned, ranks_of, rows_of, sha256, skipped, start,
+    finish,
+    kill_at_random,
+    poisoned,
+    ranks_of,
+    rows_of,
+    sha256,
+    skipped,
+    start,
 )
 from tests.small_runs import CROP, SHORT, files, streets
 from tests.test_hostile import mutations
@@ -136,11 +143,12 @@ def test_a_data_set_that_loses_files_is_survived(files, tmp_path):
 
 def test_a_dying_rank_ends_the_job_with_its_own_error(files, tmp_path):
     driver = tmp_path / "driver.py"
-    driver.write_text("import os, train_stage1, engine\noriginal = engine.optimizer_step\n"
+    driver.write_text("import os, train_stage1\nfrom engine import job\n"
+                      "original = train_stage1.optimizer_step\n"
                       "def dies(*a):\n    if os.environ['RANK'] == '1':\n"
                       "        raise ValueError('the second rank has had enough.')\n"
-                      "    return original(*a)\nengine.optimizer_step = dies\n"
-                      "engine.run(train_stage1.main)\n")
+                      "    return original(*a)\ntrain_stage1.optimizer_step = dies\n"
+                      "job.run(train_stage1.main)\n")
     began = time.monotonic()
     code, said = finish([driver, *stage1(files)[1:], "--out", tmp_path / "run"], ranks=2)
     assert code != 0 and "error: the second rank has had enough." in said
@@ -149,14 +157,14 @@ def test_a_dying_rank_ends_the_job_with_its_own_error(files, tmp_path):
 
 def test_a_worker_that_dies_is_reported_with_its_file(files, tmp_path):
     driver = tmp_path / "driver.py"
-    driver.write_text("import os, signal, time, train_stage1, engine\n"
+    driver.write_text("import os, signal, time, train_stage1\nfrom engine import job\n"
                       "from data.pairs import FolderOfPairs\n"
                       "original = FolderOfPairs.__getitem__\n"
                       "def dies(self, i):\n    if self.name(i).endswith('3'):\n"
                       "        time.sleep(1)  # the loader waits by then\n"
                       "        os.kill(os.getpid(), signal.SIGKILL)\n"
                       "    return original(self, i)\nFolderOfPairs.__getitem__ = dies\n"
-                      "engine.run(train_stage1.main)\n")
+                      "job.run(train_stage1.main)\n")
     command = [driver, *stage1(files, "--workers", 2)[1:], "--out", tmp_path / "run"]
     code, said = finish(command)
     last = said.strip().splitlines()[-1]

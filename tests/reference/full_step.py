@@ -81,7 +81,7 @@ def report(folder, name, losses, gradients, started):
 
 def ours(folder):
     """The step as train_stage1.py does it, Adam included; names are diffusers'."""
-    from nets import layouts
+    from nets.official import layouts
     from nets.depthmaster import DepthMaster
     from nets.dinov2 import DINOv2
     from train_stage1 import Stage1

@@ -6,7 +6,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from nets.official import NETWORKS, Part, fit  # noqa: E402
+from nets.official.source import NETWORKS, Part, fit  # noqa: E402
 from tests.fixtures.make_fixtures import (  # noqa: E402
     TEXT, UNET, UNET_THREE_LEVELS, VAE, VAE_THREE_LEVELS, resized_positions)
 from tests.fixtures.weights import noise, relative_error, weights  # noqa: E402

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.hypersim import Hypersim, ProcessedHypersim
 from data.pairs import FolderOfPairs
-from data.training import check_usable, holds_pairs, holds_processed_hypersim
+from data.training_set import check_usable, holds_pairs, holds_processed_hypersim
 from data.vkitti import VirtualKITTI
 from data.zeroshot import LAYOUTS, ZeroShot
 

@@ -1,4 +1,4 @@
-"""nets/checkpoint.py: what is written, and what is said of files that are not what is needed."""
+"""nets/model_file.py: what is written, and what is said of files that are not what is needed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import storage
-from nets import checkpoint
+from nets import model_file
 
 HEADER = dict(kind="sd2", config=dict(in_features=3, out_features=2), sources=[], licence="none")
 
@@ -20,36 +20,36 @@ def linear(**sizes):
 
 def written(path, **header):
     tensors = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
-    checkpoint.save(path, tensors, HEADER | header)
+    model_file.save(path, tensors, HEADER | header)
     return path
 
 
 def test_round_trip(tmp_path):
     path = written(tmp_path / "new" / "model.safetensors")
-    header = checkpoint.read_header(path)
-    assert header == HEADER | {"format": checkpoint.FORMAT}
-    module = checkpoint.build(linear, header["config"], path)
+    header = model_file.read_header(path)
+    assert header == HEADER | {"format": model_file.FORMAT}
+    module = model_file.build(linear, header["config"], path)
     assert module.weight.tolist() == [[0, 1, 2], [3, 4, 5]] and not module.training
     assert isinstance(module.weight, nn.Parameter)
-    half = checkpoint.build(linear, header["config"], path, dtype=torch.float16)
+    half = model_file.build(linear, header["config"], path, dtype=torch.float16)
     assert half.bias.dtype == torch.float16
 
 
 def test_half_precision_files_are_opened_in_float32(tmp_path):
     path = tmp_path / "model.safetensors"
-    checkpoint.save(path, {"weight": torch.ones(2, 3).half(), "bias": torch.ones(2).half()}, HEADER)
-    assert checkpoint.build(linear, HEADER["config"], path).weight.dtype == torch.float32
+    model_file.save(path, {"weight": torch.ones(2, 3).half(), "bias": torch.ones(2).half()}, HEADER)
+    assert model_file.build(linear, HEADER["config"], path).weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("numbers", [1, 40, 1 << 17])  # of a piece: less than a row, one, all
 def test_conversion_lays_convolutions_out_piece_by_piece(numbers, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PIECE", numbers)
+    monkeypatch.setattr(model_file, "PIECE", numbers)
     torch.manual_seed(0)
     weight = torch.randn(5, 4, 3, 3)
-    found = checkpoint.converted(weight, torch.bfloat16)
+    found = model_file.converted(weight, torch.bfloat16)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert found.dtype == torch.bfloat16 and torch.equal(found, weight.bfloat16())
-    assert checkpoint.converted(torch.ones(0, 4, 3, 3), torch.bfloat16).shape == (0, 4, 3, 3)
+    assert model_file.converted(torch.ones(0, 4, 3, 3), torch.bfloat16).shape == (0, 4, 3, 3)
 
 
 def test_equal_models_are_equal_bytes(tmp_path):
@@ -65,7 +65,7 @@ def test_files_are_those_that_the_library_writes(tmp_path):
                "a\u00e9": torch.randn(3).bfloat16(), "e": torch.zeros(0, 2), "s": torch.tensor(2.0),
                "t": torch.randn(2, 5).T, "i": torch.arange(3), "m": torch.tensor([True, False]),
                "h": torch.ones(3).half(), "d": torch.ones(2).double(), "u": torch.ones(1).byte()}
-    checkpoint.write_tensors(tmp_path / "ours", tensors, {"format": "pt"})
+    model_file.write_tensors(tmp_path / "ours", tensors, {"format": "pt"})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs",
               metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -96,7 +96,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 def test_files_that_are_not_what_is_needed(tmp_path):
     def refused(path, sentence, error=ValueError, **options):
         with pytest.raises(error, match=sentence):
-            checkpoint.read_header(path, **options)
+            model_file.read_header(path, **options)
     refused(tmp_path / "nowhere.safetensors", "is not there", FileNotFoundError)
     refused(tmp_path, "is a folder: give a model file", FileNotFoundError)
     page = tmp_path / "page.safetensors"
@@ -106,8 +106,8 @@ def test_files_that_are_not_what_is_needed(tmp_path):
     save_file({"weight": torch.ones(2)}, foreign, metadata={"format": "pt"})
     refused(foreign, "is not a model file of this project: convert it first")
     newer = tmp_path / "newer.safetensors"
-    header = json.dumps(HEADER | {"format": checkpoint.FORMAT + 1})
-    save_file({"weight": torch.ones(2)}, newer, metadata={checkpoint.KEY: header})
+    header = json.dumps(HEADER | {"format": model_file.FORMAT + 1})
+    save_file({"weight": torch.ones(2)}, newer, metadata={model_file.KEY: header})
     refused(newer, "update the code")
     refused(written(tmp_path / "model.safetensors"),
             r"holds a sd2 model, but what is needed here is dinov2 \(from convert_sd2.py\)",
@@ -120,4 +120,4 @@ def test_files_that_are_not_what_is_needed(tmp_path):
 ])
 def test_files_that_do_not_fit_their_header(tmp_path, config, sentence):
     with pytest.raises(ValueError, match=sentence):
-        checkpoint.build(linear, config, written(tmp_path / "model.safetensors"))
+        model_file.build(linear, config, written(tmp_path / "model.safetensors"))

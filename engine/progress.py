@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from engine import say
+from engine.terminal import say
 
 MAX_BAD_STEPS = 10  # in a row that are skipped, before a run stops
 PATIENCE = 2.0  # seconds in which a signal that comes again is the same wish

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from engine import agreed, is_first, say
+from engine.job import agreed
+from engine.terminal import is_first, say
 from storage import append, check_file, compressed, read_text, sha256, sync, whole, write_text
 
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"

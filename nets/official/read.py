@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nets import checkpoint
+from nets import model_file
 from storage import LARGEST, check_file, compressed, first_bytes, stand_in
 
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -69,8 +69,8 @@ def read_tensors(file):
         raise ValueError(f"{file} {what}.")
     if first_bytes(file)[8:9] != b"{":  # of .safetensors, where its header begins
         return read_pickle(file)
-    with checkpoint.open_weights(file) as opened:
-        if checkpoint.KEY in (opened.metadata() or {}):
+    with model_file.open_weights(file) as opened:
+        if model_file.KEY in (opened.metadata() or {}):
             raise ValueError(f"{file} is a model file of this project already: use it as it is, or "
                              "add --export diffusers.")
         return {name: opened.get_tensor(name) for name in opened.keys()}

@@ -1,6 +1,6 @@
 """The scores of an evaluation as text: a table beside the published ones, and how they came."""
 
-from data.benchmarks import BENCHMARKS
+from data.sources import BENCHMARKS
 
 COLUMNS = {  # score: heading, factor and digits of what is printed
     "abs_rel": ("AbsRel", 100, 2), "delta1": ("d1", 100, 2), "delta2": ("d2", 100, 2),

@@ -13,7 +13,7 @@ The layers are those of nets/vae.py, whose forward() is the plain way, which tra
 import torch
 import torch.nn.functional as F
 
-from nets.enlarge import enlarge_rows, phase_kernels
+from nets.ops.enlarge import enlarge_rows, phase_kernels
 from nets.vae import in_float32
 
 # Pixels in a strip. On a CPU few, so that it stays in the cache, but enough that the work outweighs

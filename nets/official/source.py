@@ -2,7 +2,7 @@
 
 What a file holds is told by its tensors' names. `open_source` finds the networks in a file or
 folder, `fit` brings one of them to our names and shapes and accounts for every tensor. (Reading
-the files: nets/untrusted.py.)
+the files: nets/official/read.py.)
 """
 
 import re
@@ -11,14 +11,21 @@ from pathlib import Path
 
 import torch
 
-from nets import checkpoint, layouts
+from nets import model_file
 from nets.depthmaster import KINDS
 from nets.dinov2 import DINOv2
-from nets.sizes import sizes
+from nets.official import layouts
+from nets.official.read import (
+    ENDINGS,
+    files_of,
+    find_weights,
+    read_settings,
+    read_tensors,
+    weights_file,
+)
+from nets.official.sizes import sizes
 from nets.text import TextEncoder
 from nets.unet import UNet
-from nets.untrusted import (ENDINGS, files_of, find_weights, read_settings, read_tensors,
-                            weights_file)
 from nets.vae import AutoencoderKL
 
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder, "dinov2": DINOv2}
@@ -161,11 +168,11 @@ def open_source(path):
     if path.is_file() and (settings or re.search(r"-\d+-of-\d+\.", path.name)):
         path = path.parent  # the settings or a part of the weights stand for the folder
     path = within(path)
-    if checkpoint.holds_networks(path):
+    if model_file.holds_networks(path):
         return open_diffusers(path)
     if path.is_dir() and (is_part(path) or any(path.glob("diffusion_pytorch_model*"))):
         raise ValueError(one_of_three(path))
-    file = model_file(path) or weights_file(path, *STEMS) if path.is_dir() else path
+    file = only_file(path) or weights_file(path, *STEMS) if path.is_dir() else path
     tensors = read_tensors(file)
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return open_single_file(file, tensors)
@@ -179,7 +186,7 @@ def open_source(path):
                      f"{min(tensors, default='missing')}); {likely_cause(tensors)}.")
 
 
-def model_file(folder):
+def only_file(folder):
     """The weights in a folder of one file: transformers', or the only ones; None otherwise."""
     alone = [each for each in folder.glob("*") if each.suffix in ENDINGS and each.is_file()]
     return find_weights(folder, *STEMS) or (alone[0] if len(alone) == 1 else None)
@@ -188,7 +195,7 @@ def model_file(folder):
 def is_part(folder):
     """Whether it is the folder of one network in the folder of a model."""
     folder = folder.absolute()
-    return folder.name in PARTS and checkpoint.holds_networks(folder.parent)
+    return folder.name in PARTS and model_file.holds_networks(folder.parent)
 
 
 def within(path):
@@ -197,7 +204,7 @@ def within(path):
     ValueError if it could be several.
     """
     def is_model(folder):
-        return checkpoint.holds_networks(folder) or model_file(folder)
+        return model_file.holds_networks(folder) or only_file(folder)
     if not path.is_dir() or is_model(path):
         return path
     inside = sorted(each for each in (path / "snapshots").glob("*") if each.is_dir())
@@ -214,7 +221,7 @@ def within(path):
 
 def one_of_three(path):
     """Says of a file or folder that it is one network of a model, and where that is."""
-    above = [each for each in path.absolute().parents[:2] if checkpoint.holds_networks(each)]
+    above = [each for each in path.absolute().parents[:2] if model_file.holds_networks(each)]
     return (f"{path} is one network of three: give "
             + (f"{above[0]}, the folder above." if above else
                "the folder that holds unet/, vae/ and text_encoder/."))
@@ -253,7 +260,7 @@ def open_diffusers(folder):
     licence = SD2_LICENCE if kind == "sd2" else DEPTHMASTER_LICENCE
     if exported:
         files[TEXT_CONSTANT] = exported
-        header = checkpoint.read_header(exported, kinds=KINDS)
+        header = model_file.read_header(exported, kinds=KINDS)
         kind, licence = header["kind"], header["licence"]
     return Source(kind, "a diffusers folder", parts, files, licence, ignored, exported)
 

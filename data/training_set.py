@@ -13,12 +13,17 @@ import torch
 from einops import reduce
 from torch.utils.data import Dataset
 
-from data.chunks import preflight, read_ahead
+from data.loading import preflight, read_ahead
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
 from data.pairs import PAIRS_CSV, FolderOfPairs, add_pair_options
 from data.sampler import draw_step, replacements, shuffled_index
 from data.transforms import (
-    TARGETS, BadSample, FilteredSample, normalise_target, resize_antialias, resize_nearest,
+    TARGETS,
+    BadSample,
+    FilteredSample,
+    normalise_target,
+    resize_antialias,
+    resize_nearest,
 )
 from data.vkitti import TREES, VirtualKITTI, holds_scenes
 from storage import walk

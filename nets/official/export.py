@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from nets import checkpoint, layouts
-from nets.official import NETWORKS, TEXT_CONSTANT
-from nets.sizes import FIXED, SETTINGS
+from nets import model_file
+from nets.official import layouts
+from nets.official.sizes import FIXED, SETTINGS
+from nets.official.source import NETWORKS, TEXT_CONSTANT
 
 
 def write_diffusers(model, folder):
@@ -22,7 +23,7 @@ def write_diffusers(model, folder):
         new = Path(temporary, folder.name)
         write_network(new / "unet", model.unet, layouts.UNET_DIFFUSERS, unet_settings(model))
         write_network(new / "vae", model.vae, layouts.VAE_DIFFUSERS, vae_settings(model))
-        checkpoint.save(new / TEXT_CONSTANT, {"text_embedding": model.unet.text_embedding}, header)
+        model_file.save(new / TEXT_CONSTANT, {"text_embedding": model.unet.text_embedding}, header)
         os.replace(new, folder)
 
 
@@ -31,7 +32,7 @@ def write_network(folder, network, layout, settings):
     tensors = {layouts.their_names(name, layout)[0]: tensor
                for name, tensor in network.state_dict().items() if name != "text_embedding"}
     file = folder / "diffusion_pytorch_model.safetensors"
-    checkpoint.write_tensors(file, tensors, metadata={"format": "pt"})
+    model_file.write_tensors(file, tensors, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 

@@ -7,6 +7,7 @@ runs write equal bytes.
 """
 
 import json
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nets.sizes import is_size
 from storage import stand_in, whole
 
 FORMAT = 1
@@ -138,6 +138,21 @@ def usable(config):
     sides = (height, width, config.get("processing_res", LONGEST[0]))
     return config.get("target", TARGETS[0]) in TARGETS and all(
         type(side) is int and LONGEST[0] <= side <= LONGEST[1] for side in sides)
+
+
+def is_size(name, value):
+    """Whether a value can be that of one of our constructors' keywords."""
+    if name in ("swiglu", "fourier"):
+        return isinstance(value, bool)
+    if name == "attention":
+        return isinstance(value, list) and all(isinstance(part, bool) for part in value)
+    if name == "scaling_factor":
+        return type(value) in (int, float) and 0 < value < math.inf
+    listed = {"channels": (True,), "heads": (True, False)}.get(name, (False,))
+    values = value if isinstance(value, list) else [value]
+    limit = 256 if name in ("layers", "depth") else 100_000  # what a network could have
+    return isinstance(value, list) in listed and 0 < len(values) <= 32 and all(
+        type(part) is int and 0 < part <= limit for part in values)
 
 
 def networks(config):

@@ -4,9 +4,8 @@ config.json is diffusers' or transformers'; shapes tell all but the number of he
 each) and of groups (32).
 """
 
-import math
-
-from nets.layouts import count
+from nets.model_file import is_size
+from nets.official.layouts import count
 
 # Our constructors' keywords and what config.json calls them; tables that are read both ways, too.
 SETTINGS = {
@@ -70,21 +69,6 @@ def sizes(net, shapes, settings):
         raise ValueError(f"the widths {found['channels']} are no multiples of {found['groups']} "
                          "groups: config.json is missing beside the weights, or of another model.")
     return found
-
-
-def is_size(name, value):
-    """Whether a value can be that of one of our constructors' keywords."""
-    if name in ("swiglu", "fourier"):
-        return isinstance(value, bool)
-    if name == "attention":
-        return isinstance(value, list) and all(isinstance(part, bool) for part in value)
-    if name == "scaling_factor":
-        return type(value) in (int, float) and 0 < value < math.inf
-    listed = {"channels": (True,), "heads": (True, False)}.get(name, (False,))
-    values = value if isinstance(value, list) else [value]
-    limit = 256 if name in ("layers", "depth") else 100_000  # what a network could have
-    return isinstance(value, list) in listed and 0 < len(values) <= 32 and all(
-        type(part) is int and 0 < part <= limit for part in values)
 
 
 def head_count(width):

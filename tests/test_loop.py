@@ -1,16 +1,17 @@
-"""validation.py, on a small model and pictures of two sizes."""
+"""evaluation/loop.py, on a small model and pictures of two sizes."""
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-
-import validation
-from data.pairs import FolderOfPairs
-from metrics import SCORES, evaluate_dataset, mean_scores, score
-from nets.depthmaster import DepthMaster
 from test_metrics import boxes
 from test_predict import photo, save_tiny
+
+from evaluation import loop
+from data.pairs import FolderOfPairs
+from evaluation.loop import evaluate_dataset
+from metrics import SCORES, mean_scores, score
+from nets.depthmaster import DepthMaster
 
 SIZES = [(40, 60), (40, 60), (45, 50), (40, 60), (40, 60), (40, 60), (45, 50)]
 
@@ -48,7 +49,7 @@ def by_hand(model, reader, indices):
     (1, [0]), (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (99, range(len(SIZES))),
 ])
 def test_scores_are_those_of_samples_spread_over_the_reader(model, reader, images, indices):
-    scores = validation.validate(model, reader, images, torch.float32)
+    scores = loop.validate(model, reader, images, torch.float32)
     assert list(scores) == list(SCORES)
     assert scores == pytest.approx(by_hand(model, reader, indices), rel=1e-9)
 
@@ -60,7 +61,7 @@ def test_all_samples_score_as_in_an_evaluation(reader, tmp_path, target):
     rows = evaluate_dataset(lambda samples: model.predict_batch(torch.stack(
         [sample["image"] for sample in samples])), reader, [target], 1e-5, np.inf)
     expected = mean_scores([row.scores[target] for row in rows])
-    assert validation.validate(model, reader, 99, torch.float32) == expected
+    assert loop.validate(model, reader, 99, torch.float32) == expected
 
 
 @pytest.mark.parametrize("name, res, far", [("hypersim", 0, 65.0), ("vkitti", 0, 80.0),
@@ -71,7 +72,7 @@ def test_a_set_is_scored_as_in_its_evaluation(model, reader, name, res, far, mon
     sample = reader[2]
     pred = model.predict(sample["image"].permute(1, 2, 0).numpy(), res)
     expected = score(pred, sample["depth"][0], sample["valid"][0], model.target, 1e-5, far)
-    found = validation.validate(model, Only(reader, 2), 1, torch.float32)
+    found = loop.validate(model, Only(reader, 2), 1, torch.float32)
     assert found == pytest.approx(expected, rel=1e-9)
 
 
@@ -94,7 +95,7 @@ class Only:
 def test_precision_is_autocasts(model, reader):
     with torch.autocast("cpu", torch.bfloat16):
         expected = by_hand(model, reader, [0, 6])
-    found = validation.validate(model, reader, 2, torch.bfloat16)
+    found = loop.validate(model, reader, 2, torch.bfloat16)
     assert found == pytest.approx(expected, rel=1e-9) and found != by_hand(model, reader, [0, 6])
 
 
@@ -102,7 +103,7 @@ def test_precision_is_autocasts(model, reader):
 def test_the_model_is_left_as_it_was(model, reader, training):
     modes = []
     hook = model.unet.register_forward_hook(lambda *_: modes.append(model.training))
-    validation.validate(model.train(training), reader, 2, torch.float32)
+    loop.validate(model.train(training), reader, 2, torch.float32)
     hook.remove()
     assert modes == [False, False] and model.training == training
 
@@ -110,7 +111,7 @@ def test_the_model_is_left_as_it_was(model, reader, training):
 def test_the_picture_shows_the_first_samples_of_one_size(model, reader, tmp_path):
     """Of seven samples four are looked at, and the third's size is another."""
     path = tmp_path / "pictures/1.png"
-    validation.validate(model, reader, 99, torch.float32, path)
+    loop.validate(model, reader, 99, torch.float32, path)
     picture = iio.imread(path)
     height = len(picture) // 3
     assert picture.shape == (3 * height, 4 * 60, 3) and height > 40
@@ -125,7 +126,7 @@ def test_a_check_is_a_row_a_line_and_a_picture(model, reader, tmp_path, capsys):
     class Log:
         write = rows.append
 
-    validation.check(model, reader, 2, torch.float32, tmp_path, 30, Log)
+    loop.check(model, reader, 2, torch.float32, tmp_path, 30, Log)
     scores = by_hand(model, reader, [0, 6])
     assert len(rows) == 1 and rows[0]["step"] == 30
     assert rows[0]["validation"] == pytest.approx(scores, rel=1e-9)
