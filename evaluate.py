@@ -38,7 +38,6 @@ from engine.terminal import say, tell
 from extras.compare import compare
 from extras.report import PUBLISHED, has_pictures, save_pictures, write_report
 from evaluation.table import table
-from miniature import embedded, render
 from nets.depthmaster import DepthMaster
 from nets.inference import memory
 from nets.inference.precision import choose
@@ -103,11 +102,10 @@ def open_sets(root, names, vkitti_crop, hypersim_split, pairs):
         names = find_benchmarks(root)
     sets = []
     for name in dict.fromkeys(names):
-        if name == "miniature" and terminal.is_first():
-            render.ensure(embedded.SCENES, val=embedded.FRAMES["val"])
-        job.wait()
-        inside = embedded.SCENES if name == "miniature" else root
-        folder = locate(name, inside, alone=len(names) == 1)
+        if name == "miniature":
+            from miniature.embedded import held_out
+            root = held_out()
+        folder = locate(name, root, alone=len(names) == 1)
         sets.append((name, open_benchmark(name, folder, vkitti_crop, hypersim_split, **pairs)))
     return sets
 
@@ -196,17 +194,6 @@ def describe_sizes(rows):
     sizes = sorted({(int(row["height"]), int(row["width"])) for row in rows})
     found = [f"{height}x{width}" for height, width in sizes]
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)} sizes)"
-
-
-def say_defaults(ckpt, predictions, data):
-    """Says what stands in for weights and data that were not given."""
-    if not ckpt and not predictions:
-        if data:
-            raise ValueError("--data needs --ckpt, the model to score, or --predictions; to try "
-                             f"it, give --ckpt {embedded.TRAINED}.")
-        say(f"No --ckpt: scoring the embedded miniature model, {embedded.TRAINED}.")
-    if not data:
-        say(f"No --data: on the miniature's held-out scenes in {embedded.SCENES}.")
 
 
 def open_journal(out, settings, names, keys, ranks):
@@ -334,10 +321,15 @@ def main():
     terminal.check_folder(args.out, "--out")
     ranks = job.start("cpu" if args.predictions else args.device)
     memory.keep_freed_memory(args.processing_res)
-    say_defaults(args.ckpt, args.predictions, args.data)
+    ckpt = args.ckpt
+    if not (ckpt or args.predictions):
+        if args.data:
+            raise ValueError("--data needs --ckpt, the model to score, or --predictions; to try "
+                             "it, give --ckpt weights/miniature.safetensors.")
+        from miniature.embedded import TRAINED as ckpt
+        say(f"No --ckpt: scoring the embedded miniature model, {ckpt}.")
     args.precision, why = job.agreed(choose(args.precision, ranks.device))
     say(why)
-    ckpt = args.ckpt or embedded.TRAINED
     before = None if args.predictions or not ckpt.is_file() else identity(ckpt)
     model = None if args.predictions else open_model(
         ckpt, ranks.device, args.precision, args.paradigm)

@@ -23,14 +23,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.files import write_npy, write_png
-from data.hypersim import Hypersim
+from data.files import write_npy
 from data.images import PICTURES, allow_pixels, read_rgb
 from data.pairs import describe_passed_over
 from engine import job, terminal
 from engine.terminal import say
 from extras.pictures import MEANING, with_legend, write_described_png
-from miniature import embedded, render
 from nets.depthmaster import DepthMaster
 from nets.inference import memory
 from nets.inference.precision import choose
@@ -108,18 +106,6 @@ def plan_outputs(pictures, out, save):
                                  f"{taken[path.resolve()]}: choose another folder (--out).")
             taken[path.resolve()] = f"the result for {pictures[name]}"
     return outputs
-
-
-def embedded_pictures():
-    """A folder with four pictures of held-out scenes of the miniature."""
-    render.ensure(embedded.SCENES, val=embedded.FRAMES["val"])
-    reader = Hypersim(embedded.SCENES / "hypersim", "val")
-    folder = embedded.SCENES / "pictures"
-    folder.mkdir(exist_ok=True)
-    for number in range(4):
-        image = reader[number * len(reader) // 4]["image"]
-        write_png(folder / f"room_{number}.png", image.permute(1, 2, 0).numpy())
-    return folder
 
 
 def open_model(path, device, precision):
@@ -254,17 +240,19 @@ def main():
     if args.max_pixels:
         allow_pixels(args.max_pixels)
     if not args.ckpt:
-        say(f"No --ckpt: predicting with the embedded miniature, {embedded.TRAINED}, a toy "
+        from miniature.embedded import TRAINED
+        say(f"No --ckpt: predicting with the embedded miniature, {TRAINED}, a toy "
                    "trained on procedural rooms.")
     if not args.inputs:
-        args.inputs = [embedded_pictures()]
+        from miniature.embedded import pictures
+        args.inputs = [pictures()]
         say(f"No INPUT: predicting held-out scenes of the miniature, {args.inputs[0]}.")
     pictures = find_pictures(args.inputs, args.out)
     outputs = plan_outputs(pictures, args.out, args.save)
     replaced = sum(path.exists() for files in outputs.values() for path in files.values())
     device = job.start(args.device).device
     memory.keep_freed_memory(args.processing_res)
-    model = open_model(args.ckpt or embedded.TRAINED, device, args.precision)
+    model = open_model(args.ckpt or TRAINED, device, args.precision)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     batch = args.batch or (8 if model.device.type == "cuda" else 1)
     failed = predict_all(model, pictures, outputs, args.processing_res, batch)

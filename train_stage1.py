@@ -39,13 +39,18 @@ from engine.step import learning_rate, optimizer_step, set_learning_rate, to_dev
 from engine.terminal import say, tell
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
 from losses.latent import cells_to_pixels, latent_loss, valid_cells
-from miniature import embedded
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.inference.precision import choose
 from nets.model_file import LONGEST
 from nets.ops.recompute import activation_bytes
 from evaluation.loop import check
+
+
+NO_SD2 = ("get Stable Diffusion 2's weights (README, \"Weights\"), run python convert_sd2.py "
+          "FOLDER, or try --sd2 weights/miniature_sd2.safetensors.")
+NO_DINOV2 = ("get DINOv2's weights (README, \"Weights\"), run python convert_sd2.py FILE, or train "
+             "without the encoder (--align-weight 0).")
 
 
 class Stage1(nn.Module):
@@ -112,29 +117,35 @@ def options():
         usage="%(prog)s [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 1").add_argument
-    add("--sd2", type=Path, help="weights to start from (weights/sd2.safetensors)")
+    add("--sd2", type=Path, default=Path("weights/sd2.safetensors"),
+        help="weights to start from (%(default)s)")
     # Deviation: DINOv2 by default, not Depth-Anything-V2's encoder.
-    add("--dinov2", type=Path, help="encoder to align with (weights/dinov2_vitg14.safetensors)")
+    add("--dinov2", type=Path, default=Path("weights/dinov2_vitg14.safetensors"),
+        help="encoder to align with (%(default)s)")
     add("--out", type=Path, default=Path("runs/stage1"), help="run folder (%(default)s)")
     add("--target", choices=TARGETS, default="sqrt_disparity", help="to regress, Table III "
         "(%(default)s)")
     add("--align-at", choices=["down1", "down2", "mid"], default="mid", help="Table V (mid)")
     add("--align-loss", choices=["kl", "cosine"], default="kl", help="(%(default)s)")
-    add("--align-weight", type=float, default=1.0, help="0: no encoder, Table IV (%(default)s)")
+    add("--align-weight", type=terminal.not_negative, default=1.0,
+        help="0: no encoder, Table IV (%(default)s)")
     add("--cache", type=Path, metavar="DIR", help="keep the frozen networks' outputs here: "
         "remove it when pictures change")
     add("--cache-precision", choices=["float16", "float32"], default="float16",
         help="of what is kept (%(default)s)")
     add_data_options(parser, terminal.whole_between(*LONGEST))
     terminal.add_training_options(parser, steps=20_000, lr=3e-5)
-    args = parser.parse_args()
-    if not args.align_weight >= 0:
-        parser.error(f"--align-weight is {args.align_weight}, but must be 0 or more")
-    if not (args.data or args.vkitti):
-        minutes = {} if args.sd2 else embedded.STAGE1  # not days
-        parser.set_defaults(**minutes, **embedded.CROP)
-        args = parser.parse_args()
-    return args
+    return parser
+
+
+def teacher_file(sd2, dinov2):
+    """The encoder's file; FileNotFoundError if it is not there. Small weights have a small one."""
+    small = sd2.with_name(sd2.name.replace("_sd2", "_dinov2"))
+    if not dinov2.exists() and small != sd2 and small.exists():
+        return small
+    if not dinov2.exists():
+        raise FileNotFoundError(f"{dinov2} is not there: {NO_DINOV2}")
+    return dinov2
 
 
 def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, workers, ranks):
@@ -160,23 +171,29 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
 
 
 def main():
-    args = options()
+    parser = options()
+    args = parser.parse_args()
     run_folder.check_system()
     terminal.check_folder(args.out, "--out")
     if args.cache:
         terminal.check_folder(args.cache, "--cache")
     ranks = job.start(args.device)
+    if not (args.data or args.vkitti):
+        from miniature.embedded import stand_in
+        args = stand_in(parser)
+    elif not args.vkitti:
+        say("No --vkitti: every sample comes from --data.")
     before = run_folder.begun_with(args.out, "precision", args.precision)
     args.precision, why = job.agreed(choose(before, ranks.device, training=True))
     say(why)
     dtype = getattr(torch, args.precision)
     torch.manual_seed(args.seed)
 
-    data, vkitti = embedded.training_data(args.data, args.vkitti)
-    sd2 = embedded.base_weights(args.data or args.vkitti, args.sd2)
-    model = DepthMaster.from_file(sd2)
+    if not args.sd2.exists():
+        raise FileNotFoundError(f"{args.sd2} is not there: {NO_SD2}")
+    model = DepthMaster.from_file(args.sd2)
     model.become("stage1", args.target, args.size)
-    dinov2 = embedded.teacher_weights(sd2, args.dinov2) if args.align_weight else None
+    dinov2 = teacher_file(args.sd2, args.dinov2) if args.align_weight else None
     objective = Stage1(model, dinov2 and DINOv2.from_file(dinov2, dtype=dtype), args.align_at,
                        args.align_loss)
     objective.to(ranks.device, memory_format=torch.channels_last)
@@ -187,22 +204,22 @@ def main():
     optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True)
 
     pairs = pair_options(args)
-    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop, args.target,
-                                     args.seed, args.batch, args.rgb_resize, **pairs)
-    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, say)
+    training_set = open_training_set(args.data, args.vkitti, model.train_size, args.vkitti_crop,
+                                     args.target, args.seed, args.batch, args.rgb_resize, **pairs)
+    held_out = open_held_out(args.data or args.vkitti, args.vkitti_crop, pairs, say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, tell)
     objective.unet.checkpoint_activations = job.recompute_activations(
         args.checkpoint_activations, objective.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
-    content = run_folder.content((sd2, dinov2), model, training_set, ranks)
+    content = run_folder.content((args.sd2, dinov2), model, training_set, ranks)
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend,
                                 content, args.accept_changes)
     first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
                         autocast=str(dtype), **pairs)
-        files = [sd2, dinov2] if dinov2 else [sd2]
+        files = [args.sd2, dinov2] if dinov2 else [args.sd2]
         training_set = cached(training_set, objective, args.cache, settings, files, dtype,
                               getattr(torch, args.cache_precision), args.workers, ranks)
     if args.compile:

@@ -35,8 +35,8 @@ from engine.progress import Progress, Watch
 from engine.step import learning_rate, optimizer_step, set_learning_rate
 from engine.terminal import say, tell
 from losses.gradient import gradient_loss, pixel_loss
-from miniature import embedded
 from nets.depthmaster import DepthMaster
+from nets.unet import UNet
 from nets.inference.precision import choose
 from nets.model_file import LONGEST
 from nets.ops.recompute import activation_bytes
@@ -79,63 +79,71 @@ def options():
         usage="%(prog)s [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("stage 2").add_argument
-    add("--ckpt", type=Path, help="stage 1's model (runs/stage1/model.safetensors), or "
-        "weights/sd2.safetensors to train in one stage")
+    add("--ckpt", type=Path, default=Path("runs/stage1/model.safetensors"), help="stage 1's model "
+        "(%(default)s), or weights/sd2.safetensors to train in one stage")
     add("--out", type=Path, default=Path("runs/stage2"), help="run folder (%(default)s)")
-    add("--pixel-weight", type=float, default=1.0, help="Table VI (%(default)s)")
-    add("--gradient-weight", type=float, default=0.001, help="Table VI (%(default)s)")
+    add("--pixel-weight", type=terminal.not_negative, default=1.0, help="Table VI (%(default)s)")
+    add("--gradient-weight", type=terminal.not_negative, default=0.001,
+        help="Table VI (%(default)s)")
     add("--fourier", choices=["on", "off"], default="on", help="the block, Table VI (%(default)s)")
     add("--fourier-init", choices=["default", "identity"], default="default",
         help="of a new block; identity: at first it only normalises (%(default)s)")
     add_data_options(parser, terminal.whole_between(*LONGEST))
     # Deviation: the paper's steps; the released configuration has 20,000.
     terminal.add_training_options(parser, steps=10_000, lr=3e-6)
-    args = parser.parse_args()
-    if not (args.pixel_weight >= 0 and args.gradient_weight >= 0):
-        parser.error("--pixel-weight and --gradient-weight must be 0 or more")
-    if not (args.data or args.vkitti):
-        parser.set_defaults(**embedded.STAGE2, **embedded.CROP)  # minutes, not days
-        args = parser.parse_args()
-    return args
+    return parser
 
 
 def main():
-    args = options()
+    parser = options()
+    args = parser.parse_args()
     run_folder.check_system()
     terminal.check_folder(args.out, "--out")
     ranks = job.start(args.device)
+    if not (args.data or args.vkitti):
+        from miniature.embedded import stand_in
+        args = stand_in(parser)
+    elif not args.vkitti:
+        say("No --vkitti: every sample comes from --data.")
     before = run_folder.begun_with(args.out, "precision", args.precision)
     args.precision, why = job.agreed(choose(before, ranks.device, training=True))
     say(why)
     dtype = getattr(torch, args.precision)
     torch.manual_seed(args.seed)
 
-    data, vkitti = embedded.training_data(args.data, args.vkitti)
-    ckpt = embedded.stage1_weights(args.data or args.vkitti, args.ckpt)
-    model = DepthMaster.from_file(ckpt)
+    if not args.ckpt.exists():
+        raise FileNotFoundError(
+            f"{args.ckpt} is not there: run train_stage1.py first, or give its model with --ckpt "
+            "(to train in one stage: --ckpt weights/sd2.safetensors).")
+    model = DepthMaster.from_file(args.ckpt)
+    if (args.ckpt is parser.get_default("ckpt")
+            and model.unet.channels != UNet.__init__.__kwdefaults__["channels"]):
+        raise ValueError(
+            f"{args.ckpt} is a small model, as of the embedded miniature: train stage 1 on --data "
+            f"first, or give --ckpt {args.ckpt} if it is meant.")
     if model.kind == "sd2":
-        say(f"{ckpt} was never trained for depth: this is training in one stage.")
+        say(f"{args.ckpt} was never trained for depth: this is training in one stage.")
     if args.fourier == "on" and model.unet.fourier is None:
         model.add_fourier(args.fourier_init)
     elif args.fourier == "off" and model.unet.fourier is not None:
-        raise ValueError(f"{ckpt} has a Fourier block already: leave out --fourier off, or start "
-                         "from stage 1's model.")
+        raise ValueError(f"{args.ckpt} has a Fourier block already: leave out --fourier off, or "
+                         "start from stage 1's model.")
     model.become("stage2", train_size=args.size)
     objective = Stage2(model).to(ranks.device, memory_format=torch.channels_last)
     weights = {"pixel": args.pixel_weight, "gradient": args.gradient_weight}
     optimizer = torch.optim.Adam(model.unet.parameters(), lr=0.0, fused=True)
 
     pairs = pair_options(args)
-    training_set = open_training_set(data, vkitti, model.train_size, args.vkitti_crop, model.target,
-                                     args.seed, args.batch, args.rgb_resize, **pairs)
-    held_out = open_held_out(data or vkitti, args.vkitti_crop, pairs, say)
+    training_set = open_training_set(args.data, args.vkitti, model.train_size, args.vkitti_crop,
+                                     model.target, args.seed, args.batch, args.rgb_resize, **pairs)
+    held_out = open_held_out(args.data or args.vkitti, args.vkitti_crop, pairs, say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, tell)
     recompute = job.recompute_activations(
         args.checkpoint_activations, model.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
     model.unet.checkpoint_activations = model.vae.decoder.checkpoint_activations = recompute
-    content = run_folder.content((ckpt,), model, training_set, ranks)
+    content = run_folder.content((args.ckpt,), model, training_set, ranks)
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend,
                                 content, args.accept_changes)
     first = run_folder.resume(args.out, state, model.unet, optimizer, args.steps, model)

@@ -178,6 +178,7 @@ def open_training_set(data, vkitti, size, crop=(352, 1216), target="sqrt_dispari
         probabilities.append(0.9)
         sizes.append(size)
     if vkitti:
+        check_folder(Path(vkitti))
         sources.append(VirtualKITTI(vkitti, "train", crop))
         sources[-1].exif = pairs.get("exif", "auto")
         probabilities.append(0.1)

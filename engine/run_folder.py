@@ -22,6 +22,7 @@ from storage import append, check_file, compressed, read_text, sha256, sync, who
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
 CONTENT = {"step": int, "trained": dict, "optimizer": dict}  # of a checkpoint
+FILES = ("data", "vkitti", "sd2", "dinov2", "ckpt")  # options; None in older runs: the default
 CONTENT_OF_RUN = "content"  # in args.json: what is behind the options' names
 HELD = {}  # open lock files by path: a lock lasts as long as its file is open
 
@@ -85,7 +86,8 @@ def open_run(folder, options, ranks, extend=False, content=None, accept_changes=
     same = {"steps": options["steps"]} if longer else {}
     changed = [f"{name}: {before.get(name)} then, {options.get(name)} now"
                for name in sorted(before.keys() | options.keys())
-               if (before | same).get(name) != options.get(name)]
+               if (before | same).get(name) != options.get(name)
+               and (name not in FILES or before.get(name))]
     if changed:
         raise ValueError(f"{folder} holds a run with other options ({'; '.join(changed)}): repeat "
                          "its options to resume it, choose another --out, or add --extend if it "

@@ -1,7 +1,6 @@
 """Depth maps as pictures that people look at: near is red, far is blue, no depth is grey."""
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 INVALID_COLOUR = 128, 128, 128
@@ -10,6 +9,7 @@ ERROR_MAX = 0.3  # |p-d|/d at which the error picture is brightest
 
 def colourise(x, colour_map="Spectral_r"):
     """x H,W in [0,1] -> uint8 H,W,3; NaN becomes grey. The default shows 1 (near) in red."""
+    from matplotlib import colormaps  # here, as importing it takes a second
     known = np.isfinite(x)
     colours = colormaps[colour_map](np.where(known, x, 0).clip(0, 1), bytes=True)[..., :3]
     colours[~known] = INVALID_COLOUR

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,12 +303,15 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(files, tmp_path, monk
 
 
 def test_weights_alone_are_trained_on_the_embedded_scenes(monkeypatch):
-    for words, crop, steps in ((["--sd2", "x"], (96, 336), 20_000), ([], (96, 336), 590),
-                               (["--data", "x"], (352, 1216), 20_000),
-                               (["--vkitti-crop", "64", "96"], [64, 96], 590)):
+    monkeypatch.setattr(embedded.render, "ensure", lambda *_, **__: None)
+    for words, crop, steps, sd2 in ((["--sd2", "x"], (96, 336), 20_000, Path("x")),
+                                    ([], (96, 336), 590, embedded.SD2),
+                                    (["--vkitti-crop", "64", "96"], [64, 96], 590, embedded.SD2)):
         monkeypatch.setattr(sys, "argv", ["train_stage1.py", *words])
-        args = train_stage1.options()
-        assert (args.vkitti_crop, args.steps) == (crop, steps)
+        args = embedded.stand_in(train_stage1.options())
+        assert (args.vkitti_crop, args.steps, args.sd2) == (crop, steps, sd2)
+    small = train_stage1.teacher_file(embedded.SD2, Path("weights/nowhere.safetensors"))
+    assert small == embedded.DINOV2
 
 
 @pytest.mark.parametrize("place, channels", [("down1", 8), ("down2", 16), ("mid", 16)])
@@ -474,14 +478,12 @@ def test_a_weight_below_zero_is_a_wrong_option(files, tmp_path, monkeypatch, wei
     with pytest.raises(SystemExit) as stopped:
         train(monkeypatch, files, tmp_path, "--align-weight", weight)
     assert stopped.value.code == 2
-    assert "must be 0 or more" in capsys.readouterr().err
+    assert "must be a number, 0 or above" in capsys.readouterr().err
 
 
-def test_data_without_virtual_kitti_is_told(files, tmp_path, capsys):
-    assert embedded.training_data(tmp_path, None) == (tmp_path, None)
+def test_data_without_virtual_kitti_is_told(files, tmp_path, monkeypatch, capsys):
+    train(monkeypatch, files, tmp_path)
     assert "No --vkitti: every sample comes from --data" in capsys.readouterr().err
-    embedded.training_data(tmp_path, tmp_path)
-    assert not capsys.readouterr().err
 
 
 def test_real_data_without_weights_says_the_way_out(tmp_path, monkeypatch):

@@ -287,7 +287,7 @@ def test_a_weight_below_zero_is_a_wrong_option(files, tmp_path, monkeypatch, opt
     with pytest.raises(SystemExit) as stopped:
         train(monkeypatch, files, tmp_path, option, -1)
     assert stopped.value.code == 2
-    assert "must be 0 or more" in capsys.readouterr().err
+    assert "must be a number, 0 or above" in capsys.readouterr().err
 
 
 def test_preflight_looks_and_trains_nothing(files, tmp_path, monkeypatch, capsys):

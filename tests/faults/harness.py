@@ -267,10 +267,11 @@ def soak_small_shared_memory(data, folder):
 def soak_output_that_nobody_reads(data, folder, count=8):
     """`| tee log`, where tee dies of the signal first: saved, and resumed to the same weights."""
     command, saved, same, runs = commands(data, 30)["stage 1"], 0, 0, 0
-    code, said = finish([*command, "--out", folder / "heard"])
-    assert code == 0, said
-    expected = sha256(folder / "heard/model.safetensors")
     for ranks in (1, 2):
+        heard = folder / f"heard by {ranks}"
+        code, said = finish([*command, "--out", heard], ranks)
+        assert code == 0, said
+        expected = sha256(heard / "model.safetensors")
         for number in (signal.SIGINT, signal.SIGTERM):
             for _ in range(count):
                 out, runs = folder / f"unheard {runs}", runs + 1
@@ -281,7 +282,7 @@ def soak_output_that_nobody_reads(data, folder, count=8):
                 os.killpg(process.pid, number)
                 process.wait(timeout=120)
                 saved += (out / "state.pt").exists()
-                code, said = finish([*command, "--save-every", 10**6, "--out", out])
+                code, said = finish([*command, "--save-every", 10**6, "--out", out], ranks)
                 same += code == 0 and sha256(out / "model.safetensors") == expected
                 shutil.rmtree(out)
     yield f"{runs} signals, output not read any more", f"{saved} saved, {same} with the same model"
