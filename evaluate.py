@@ -26,18 +26,18 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from evaluation import loop
-from evaluation import predictions
-from data.sources import BENCHMARKS, find_benchmarks, locate, open_benchmark
 from data.loading import preflight
 from data.pairs import add_pair_options, pair_options
-from evaluation.journal import Journal, check_settings, prepare, write_metrics
+from data.sources import BENCHMARKS, find_benchmarks, locate, open_benchmark
 from data.transforms import normalise_target
 from engine import job, run_folder, terminal
 from engine.terminal import say, tell
+from evaluation import predictions
+from evaluation.journal import Journal, check_settings, prepare, write_metrics
+from evaluation.loop import evaluate_dataset
+from evaluation.table import table
 from extras.compare import compare
 from extras.report import PUBLISHED, has_pictures, save_pictures, write_report
-from evaluation.table import table
 from nets.depthmaster import DepthMaster
 from nets.inference import memory
 from nets.inference.precision import choose
@@ -110,14 +110,6 @@ def open_sets(root, names, vkitti_crop, hypersim_split, pairs):
     return sets
 
 
-def open_model(path, device, precision, paradigm):
-    """The model at a path, ready to predict in one of the ways of PARADIGMS."""
-    model = DepthMaster.from_file(path, device, getattr(torch, precision))
-    if model.kind == "sd2":
-        say(f"warning: {path} was never trained for depth; its scores mean nothing.")
-    return model.for_inference(device, precision, PARADIGMS[paradigm])
-
-
 def model_predictor(model, processing_res, paradigm):
     """samples of one size -> predictions, in one of the ways of PARADIGMS."""
     def of_images(samples):
@@ -133,100 +125,10 @@ def model_predictor(model, processing_res, paradigm):
 
 
 def saved_predictor(folder):
+    """samples -> their predictions in a folder."""
     return lambda samples: [predictions.read_prediction(
         folder, sample["name"], sample["depth"].shape[1:], sample.get("uncropped"))
         for sample in samples]
-
-
-def columns(spaces):
-    """Of per_image.csv, after the image's name: the scores in the first space, then the rest."""
-    others = [f"{space}:{name}" for space in spaces[1:] for name in metrics.SCORES]
-    return [*metrics.SCORES, "height", "width", "unfitted", *others]
-
-
-def as_row(image):
-    """The cells of an ImageScores."""
-    first, *others = image.scores.values()
-    return [*first.values(), *image.size, " ".join(image.unfitted),
-            *(value for scores in others for value in scores.values())]
-
-
-def score_set(name, reader, limit, score, batch, done, journal, ranks):
-    """Scores those of a set's first `limit` images that are not done yet, this rank's share.
-
-    score(chunks) -> ImageScores; batch: images in a chunk; done: the names of the set's images of
-    which nothing is needed any more.
-    """
-    count = len(range(len(reader))[:limit])
-    # What is predicted together does not depend on what was done before an interruption.
-    chunks = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
-    missing = {index for index in range(count) if reader.name(index) not in done}
-    todo = [chunk for chunk in chunks[ranks.rank::ranks.world] if not missing.isdisjoint(chunk)]
-    left = sum(index in missing for chunk in todo for index in chunk)
-    with tqdm(desc=name, total=left, unit="image", dynamic_ncols=True,
-              disable=not ranks.first) as bar:
-        for image in score(chunks=todo):
-            if (name, image.image) not in journal.rows:
-                journal.add(name, image.image, as_row(image))
-            bar.update(image.image not in done)
-
-
-def say_skipped(name):
-    """An `on_bad` that says which image of a set is left out."""
-    return lambda image, reason: say(f"skipped {name}/{image}: {reason}", any_rank=True)
-
-
-def summarise(rows, spaces, reader, limit):
-    """Rows of the journal -> what metrics.json says of a set's images."""
-    def found(space, prefix=""):
-        unfitted = sum(space in row["unfitted"].split() for row in rows)
-        scores = [{name: float(row[prefix + name]) for name in metrics.SCORES} for row in rows]
-        return dict(unfitted=unfitted, **metrics.mean_scores(scores))
-
-    return dict(images=len(rows), expected_images=reader.expected, limit=limit,
-                skipped=len(range(len(reader))[:limit]) - len(rows),
-                f1_resolution=describe_sizes(rows), **found(spaces[0]),
-                other_alignments={space: found(space, f"{space}:") for space in spaces[1:]})
-
-
-def describe_sizes(rows):
-    """The sizes of the truths as text: a boundary F1 means nothing without."""
-    sizes = sorted({(int(row["height"]), int(row["width"])) for row in rows})
-    found = [f"{height}x{width}" for height, width in sizes]
-    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]} ({len(found)} sizes)"
-
-
-def open_journal(out, settings, names, keys, ranks):
-    """The journal in a folder, with the rows that an interrupted evaluation left there.
-
-    settings: what the rows depend on; names: of the columns; keys: the rows that there should be.
-    """
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        run_folder.claim(out)
-        changed = prepare(out, settings)
-        if changed:
-            say(f"{out} held scores with other settings ({', '.join(changed)}); they are "
-                       "replaced.")
-        before = Journal(out, names)
-        before.merge(keys)
-        if before.lost:
-            say(f"{before.lost} rows of {before.path} can't be read; they are scored again.")
-    job.wait()
-    journal = Journal(out, names, ranks.rank)
-    if journal.rows:
-        say(f"{out} holds the scores of {len(journal.rows)} images already: going on "
-                   f"(remove {out / 'per_image.csv'} to begin anew).")
-    return journal
-
-
-def decisive(options, source):
-    """What rows depend on: of the options (a dict) these, and the source, as plain types."""
-    names = ["data", "align", "align_negative", "f1_mask", "depth_scale", "max_depth",
-             "resize_depth", "exif", "vkitti_crop", "hypersim_split"]
-    if not options["predictions"]:
-        names += ["precision", "paradigm", "processing_res", "batch"]
-    return source | {name: str(options[name]) for name in names}
 
 
 def state_of_weights(ckpt, before):
@@ -241,6 +143,7 @@ def state_of_weights(ckpt, before):
 
 
 def identity(path):
+    """What tells a file from another one that takes its place."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -257,57 +160,46 @@ def state_of_predictions(folder, keys):
     return states
 
 
-def open_predictor(name, model, processing_res, paradigm, saved, alone):
-    """(samples -> predictions, longest side while predicting: None for saved ones) for a set.
+def open_journal(out, settings, columns, keys, ranks):
+    """The journal in a folder, with the rows that an interrupted evaluation left there.
 
-    model: None, or what predicts; else the predictions lie in the folder `saved`.
+    settings: what the rows depend on; columns: their scores; keys: the rows that there should be.
     """
-    if model is None:
-        return saved_predictor(locate(name, saved, alone)), None
-    choices = (processing_res, BENCHMARKS[name].processing_res, model.processing_res)
-    longest = next(choice for choice in choices if choice is not None)
-    return model_predictor(model, longest, paradigm), longest
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        run_folder.claim(out)
+        changed = prepare(out, settings)
+        if changed:
+            say(f"{out} held scores with other settings ({', '.join(changed)}); they are replaced.")
+        before = Journal(out, columns)
+        before.merge(keys)
+        if before.lost:
+            say(f"{before.lost} rows of {before.path} can't be read; they are scored again.")
+    job.wait()
+    journal = Journal(out, columns, ranks.rank)
+    if journal.rows:
+        say(f"{out} holds the scores of {len(journal.rows)} images already: going on "
+            f"(remove {out / 'per_image.csv'} to begin anew).")
+    return journal
 
 
-def open_scorer(name, reader, predict, spaces, options):
-    """What `score_set` calls: loop.evaluate_dataset with these options (a dict)."""
-    return partial(
-        loop.evaluate_dataset, predict, reader, spaces, BENCHMARKS[name].min_depth,
-        BENCHMARKS[name].max_depth, options["align_negative"], options["f1_mask"],
-        workers=options["workers"], on_bad=say_skipped(name) if options["skip_bad"] else None,
-        look=partial(save_pictures, options["out"], name) if options["report"] else None)
+def summarise(rows, spaces, expected, asked, limit):
+    """Rows of the journal -> what metrics.json says of a set's images.
 
+    expected: how many images the set should have; asked: how many were asked for.
+    """
+    def found(space, prefix=""):
+        unfitted = sum(space in row["unfitted"].split() for row in rows)
+        scores = [{name: float(row[prefix + name]) for name in metrics.SCORES} for row in rows]
+        return dict(unfitted=unfitted, **metrics.mean_scores(scores))
 
-def protocol(options, model):
-    """What metrics.json says of how every set was scored; options: a dict."""
-    dtype = model and str(model.dtype).removeprefix("torch.")
-    return dict(precision=dtype, paradigm=options["paradigm"] if model else None,
-                **{name: options[name] for name in ("align", "align_negative", "f1_mask")})
-
-
-def images_done(name, journal, out, report):
-    """Names of a set's images that have their row and, for a report, their pictures."""
-    images = {image for dataset, image in journal.rows if dataset == name}
-    return {image for image in images if not report or has_pictures(out, name, image)}
-
-
-def merged_rows(name, journal, keys):
-    """The rows of a set, once every rank's are there. ValueError if there is none."""
-    journal.merge(keys)
-    rows = [row for key, row in journal.rows.items() if key[0] == name]
-    if not rows:
-        asked = sum(key[0] == name for key in keys)
-        raise ValueError(f"none of the {asked} images of {name} could be scored.")
-    return rows
-
-
-def present(results, out, report):
-    """Prints the table on standard output and writes the report."""
-    tell("\n".join(table(results)))
-    say(f"Written: {out / 'metrics.json'} and {out / 'per_image.csv'}.")
-    if report:
-        write_report(out)
-        say(f"The report: {out / 'report.html'}.")
+    # The sizes of the truths: a boundary F1 means nothing without.
+    sizes = sorted({(int(row["height"]), int(row["width"])) for row in rows})
+    sizes = [f"{height}x{width}" for height, width in sizes]
+    return dict(images=len(rows), expected_images=expected, limit=limit, skipped=asked - len(rows),
+                f1_resolution=sizes[0] if len(sizes) == 1 else
+                f"{sizes[0]} to {sizes[-1]} ({len(sizes)} sizes)", **found(spaces[0]),
+                other_alignments={space: found(space, f"{space}:") for space in spaces[1:]})
 
 
 def main():
@@ -330,37 +222,91 @@ def main():
         say(f"No --ckpt: scoring the embedded miniature model, {ckpt}.")
     args.precision, why = job.agreed(choose(args.precision, ranks.device))
     say(why)
-    before = None if args.predictions or not ckpt.is_file() else identity(ckpt)
-    model = None if args.predictions else open_model(
-        ckpt, ranks.device, args.precision, args.paradigm)
+
+    model = None
+    if not args.predictions:
+        before = identity(ckpt) if ckpt.is_file() else None
+        model = DepthMaster.from_file(ckpt, ranks.device, getattr(torch, args.precision))
+        if model.kind == "sd2":
+            say(f"warning: {ckpt} was never trained for depth; its scores mean nothing.")
+        model.for_inference(ranks.device, args.precision, PARADIGMS[args.paradigm])
     # Saved predictions are read one by one, so that a bad file is alone.
-    args.batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
+    batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
     args.align = args.align or (model.target if model else "sqrt_disparity")
     spaces = [args.align, *(s for s in metrics.SPACES if s != args.align and not model)]
     sets = opened()
     keys = [(name, reader.name(index)) for name, reader in sets
             for index in range(len(reader))[:args.limit]]
-    source = (state_of_weights(ckpt, before) if model
-              else state_of_predictions(args.predictions, keys))
-    settings = decisive(vars(args), source)
-    journal = open_journal(args.out, settings, columns(spaces), keys, ranks)
+
+    # What the rows depend on.
+    settings = {name: str(getattr(args, name)) for name in (
+        "data", "align", "align_negative", "f1_mask", "depth_scale", "max_depth", "resize_depth",
+        "exif", "vkitti_crop", "hypersim_split")}
+    if model:
+        settings |= {name: str(getattr(args, name)) for name in (
+            "precision", "paradigm", "processing_res")} | {"batch": str(batch)}
+        settings |= state_of_weights(ckpt, before)
+    else:
+        settings |= state_of_predictions(args.predictions, keys)
+    columns = [*metrics.SCORES, "height", "width", "unfitted",
+               *(f"{space}:{name}" for space in spaces[1:] for name in metrics.SCORES)]
+    journal = open_journal(args.out, settings, columns, keys, ranks)
     results = {}
     for name, reader in sets:
-        predict, longest = open_predictor(name, model, args.processing_res, args.paradigm,
-                                          args.predictions, alone=len(sets) == 1)
-        score = open_scorer(name, reader, predict, spaces, vars(args))
-        done = images_done(name, journal, args.out, args.report)
-        score_set(name, reader, args.limit, score, args.batch, done, journal, ranks)
+        benchmark, longest = BENCHMARKS[name], None  # longest side while predicting
+        if model:
+            choices = (args.processing_res, benchmark.processing_res, model.processing_res)
+            longest = next(choice for choice in choices if choice is not None)
+            predict = model_predictor(model, longest, args.paradigm)
+        else:
+            predict = saved_predictor(locate(name, args.predictions, alone=len(sets) == 1))
+        images = [reader.name(index) for index in range(len(reader))[:args.limit]]
+        done = {image for image in images if (name, image) in journal.rows
+                and (not args.report or has_pictures(args.out, name, image))}
+        # What is predicted together does not depend on what was done before an interruption.
+        chunks = [range(first, min(first + batch, len(images)))
+                  for first in range(0, len(images), batch)]
+        chunks = [chunk for chunk in chunks[ranks.rank::ranks.world]
+                  if not done.issuperset(images[index] for index in chunk)]
+        left = sum(images[index] not in done for chunk in chunks for index in chunk)
+        scored = evaluate_dataset(
+            predict, reader, spaces, benchmark.min_depth, benchmark.max_depth,
+            args.align_negative, args.f1_mask, chunks, args.workers,
+            on_bad=args.skip_bad and partial(say_skipped, name) or None,
+            look=args.report and partial(save_pictures, args.out, name) or None)
+        with tqdm(desc=name, total=left, unit="image", dynamic_ncols=True,
+                  disable=not ranks.first) as bar:
+            for image in scored:
+                if (name, image.image) not in journal.rows:
+                    first, *others = image.scores.values()
+                    journal.add(name, image.image, [
+                        *first.values(), *image.size, " ".join(image.unfitted),
+                        *(value for scores in others for value in scores.values())])
+                bar.update(image.image not in done)
         job.wait()
         if ranks.first:
             check_settings(args.out, settings)  # in a folder without locks another may be at work
-            rows = merged_rows(name, journal, keys)
-            results[name] = dict(summarise(rows, spaces, reader, args.limit),
-                                 processing_res=longest, **protocol(vars(args), model))
+            journal.merge(keys)
+            rows = [row for key, row in journal.rows.items() if key[0] == name]
+            if not rows:
+                raise ValueError(f"none of the {len(images)} images of {name} could be scored.")
+            found = summarise(rows, spaces, reader.expected, len(images), args.limit)
+            results[name] = found | dict(
+                processing_res=longest, precision=model and str(model.dtype).split(".")[1],
+                paradigm=args.paradigm if model else None, align=args.align,
+                align_negative=args.align_negative, f1_mask=args.f1_mask)
             write_metrics(args.out, results)  # after each set: a later one may fail
         job.wait()  # the ranks' files are gone before the next set's rows are written
     if ranks.first:
-        present(results, args.out, args.report)
+        tell("\n".join(table(results)))
+        say(f"Written: {args.out / 'metrics.json'} and {args.out / 'per_image.csv'}.")
+        if args.report:
+            write_report(args.out)
+            say(f"The report: {args.out / 'report.html'}.")
+
+
+def say_skipped(name, image, reason):
+    say(f"skipped {name}/{image}: {reason}", any_rank=True)
 
 
 if __name__ == "__main__":

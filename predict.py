@@ -249,15 +249,19 @@ def main():
         say(f"No INPUT: predicting held-out scenes of the miniature, {args.inputs[0]}.")
     pictures = find_pictures(args.inputs, args.out)
     outputs = plan_outputs(pictures, args.out, args.save)
-    replaced = sum(path.exists() for files in outputs.values() for path in files.values())
+    existed = {pictures[name]: sum(path.exists() for path in files.values())
+               for name, files in outputs.items()}
     device = job.start(args.device).device
     memory.keep_freed_memory(args.processing_res)
     model = open_model(args.ckpt or TRAINED, device, args.precision)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     batch = args.batch or (8 if model.device.type == "cuda" else 1)
     failed = predict_all(model, pictures, outputs, args.processing_res, batch)
+    stale = sum(existed.pop(path) for path in failed)
+    replaced = sum(existed.values())
     say(f"{len(pictures) - len(failed)} pictures predicted into {args.out}: {MEANING}."
-               + (f" {replaced} files of an earlier run were replaced." if replaced else ""))
+        + (f" {replaced} files of an earlier run were replaced." if replaced else "")
+        + (f" {stale} of pictures that could not be predicted are still there." if stale else ""))
     if failed:
         raise ValueError(f"{len(failed)} of {len(pictures)} pictures could not be predicted, "
                          f"{failed[0]} first.")

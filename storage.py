@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 log = logging.getLogger(__name__)
 
 MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGEST = 1 << 26  # bytes of a table, or of a file of settings
 
 
@@ -65,9 +66,11 @@ def whole(path, lasting=False):
 
 
 def cant_write(path, error):
+    """The OSError that names a file and says what to do."""
     reason = getattr(error, "strerror", None) or error
-    return OSError(f"{path} can't be written ({reason}): make room and give the same command "
-                   "again.")
+    other = getattr(error, "errno", None) not in (None, *FULL)
+    return OSError(f"{path} can't be written ({reason}): {'see to that' if other else 'make room'} "
+                   "and give the same command again.")
 
 
 @lru_cache(maxsize=None)
@@ -135,6 +138,7 @@ def walk(folder, above=()):
     except PermissionError:
         log.warning("%s may not be read: it is passed over.", folder)
         return
+    nowhere = []
     for entry in entries:
         linked = entry.is_symlink()  # then it may lead anywhere, or nowhere
         if entry.name.startswith("."):
@@ -143,6 +147,11 @@ def walk(folder, above=()):
             yield entry.name
         elif os.path.isdir(entry.path) if linked else entry.is_dir():
             yield from (f"{entry.name}/{path}" for path in walk(entry.path, (*above, here)))
+        elif linked:
+            nowhere.append(entry.path)
+    if nowhere:
+        log.warning("%d links in %s lead nowhere, such as %s: they are passed over.", len(nowhere),
+                    folder, nowhere[0])
 
 
 def compressed(path):

@@ -24,7 +24,6 @@ from torch import nn
 from data.cache import CachedTrainingSet, fill, fingerprint
 from data.hypersim_geometry import CAMERA_CSV
 from data.pairs import PAIRS_CSV, pair_options
-from data.sampler import StepBatchSampler
 from data.training_set import (
     add_data_options,
     check_data,
@@ -38,7 +37,7 @@ from engine.progress import Progress, Watch
 from engine.step import learning_rate, optimizer_step, set_learning_rate, to_device
 from engine.terminal import say, tell
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
-from losses.latent import cells_to_pixels, latent_loss, valid_cells
+from losses.latent import latent_loss, valid_cells
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.inference.precision import choose
@@ -70,8 +69,7 @@ class Stage1(nn.Module):
         """batch: what the readers give, or what `frozen` made of it."""
         fixed = batch if "z_image" in batch else self.frozen(batch)
         z_pred, feature = self.unet(fixed["z_image"].float(), self.align_at)  # B,4,h,w; B,C,h',w'
-        valid = cells_to_pixels(fixed["cells"])
-        losses = {"latent": latent_loss(z_pred, fixed["z_target"], valid)}
+        losses = {"latent": latent_loss(z_pred, fixed["z_target"], fixed["cells"])}
         if self.adapter is not None:
             adapted = self.adapter(feature.flatten(2).transpose(1, 2))  # B,N,D
             losses["alignment"] = feature_alignment_loss(adapted, fixed["tokens"], self.align_loss)
@@ -233,8 +231,7 @@ def main():
 
     if first and not log.has_validation(first):  # killed between the save and this
         validate(first)
-    sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
-                               training_set.sizes, first, args.steps, ranks.rank, ranks.world)
+    sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            say(f"Replaced a bad sample: {reason}", any_rank=True))
     runner = job.parallel(objective, ranks)

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from data.pairs import pair_options
-from data.sampler import StepBatchSampler
 from data.training_set import (
     add_data_options,
     check_data,
@@ -158,8 +157,7 @@ def main():
 
     if first and not log.has_validation(first):  # killed between the save and this
         validate(first)
-    sampler = StepBatchSampler(args.seed, args.batch, args.micro_batch, training_set.probabilities,
-                               training_set.sizes, first, args.steps, ranks.rank, ranks.world)
+    sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            say(f"Replaced a bad sample: {reason}", any_rank=True))
     runner = job.parallel(objective, ranks)

@@ -18,7 +18,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from data.transforms import BadSample
-from storage import LARGEST, check_file, whole
+from storage import LARGEST, check_file, stand_in, whole
 
 MAX_BYTES = 2**30  # of an array
 MAX_CHUNKS = 100_000  # of a data set in HDF5
@@ -42,6 +42,11 @@ def blame(path):
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         reason = reason or type(error).__name__
+        if "allow_pickle" in reason:
+            reason = "it is no array of numbers"
+        what = stand_in(path) if os.path.isfile(path) else None
+        if what:
+            raise BadSample(f"{path} {what}.") from error
         if "PngImagePlugin.MAX_TEXT" in reason:
             reason = "its texts or its colour profile take over 64 MiB, so save it without them"
         raise BadSample(f"{path} can't be read: {reason.rstrip('.')}.") from error

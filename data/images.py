@@ -30,6 +30,7 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
 BACK = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
         Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}  # the others undo themselves
 SIDEWAYS = {TURNS[number] for number in (5, 6, 7, 8)}
+BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF
 MAX_SCANS = 100  # of a JPEG; programs write 10 or so
 STRETCHED = set()  # numbers of bits of which it was said
 # Of a PNG's texts and colour profile, which nothing here looks at, unpacked (Pillow's own: 1 MiB).
@@ -101,6 +102,7 @@ def read_rgb(path, content=None, exif="apply", size=None):
     (height, width), and refuses it where both would.
     """
     with blame(path), open_picture(path, content) as picture:
+        check_tiff(path, picture)
         picture, turn = as_stored(picture)
         if turn is not None and exif == "auto":
             exif = fitting_exif(path, picture, turn, size)
@@ -112,6 +114,17 @@ def read_rgb(path, content=None, exif="apply", size=None):
             raise BadSample(f"{path} can't be read as a picture: it holds floating-point numbers; "
                             "save it as 8-bit RGB.")
         return np.array(picture.convert("RGB"))
+
+
+def check_tiff(path, picture):
+    """BadSample for a TIFF of 16 bits whose layout Pillow takes for another one."""
+    if picture.format != "TIFF":
+        return
+    tags = picture.tag_v2
+    deep = max(tags.get(BITS, (1,))) > 8
+    if deep and (tags.get(PLANES) == 2 or tags.get(PHOTOMETRIC) == 0):
+        raise BadSample(f"{path} is a TIFF of 16 bits in separate planes or with white as 0: save "
+                        "it as 8-bit RGB.")
 
 
 def as_stored(picture):
@@ -134,7 +147,7 @@ def orientation(picture):
 def fitting_exif(path, picture, turn, size):
     """`apply` or `ignore`, by which a picture fits its depth map's size (height, width)."""
     width, height = picture.size
-    if turn not in SIDEWAYS or width == height:
+    if turn not in SIDEWAYS or width == height or size[0] == size[1]:
         raise BadSample(f"{path} is turned by its EXIF orientation, and its size does not tell "
                         "whether its depth map is, too: say it with --exif apply or --exif ignore.")
     return "apply" if (size[0] > size[1]) == (width > height) else "ignore"
@@ -142,7 +155,9 @@ def fitting_exif(path, picture, turn, size):
 
 def eight_bits(path, grey):
     """Grey of 16 bits H,W -> uint8; if its values take 8, 10, 12 or 14 bits, they are all of it."""
-    grey = grey.clip(0, 65535)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise BadSample(f"{path} holds numbers from {grey.min()} to {grey.max()}, not grey of 16 "
+                        "bits: save it as 8-bit RGB.")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 1 << bits)
     if bits < 16 and bits not in STRETCHED:
         STRETCHED.add(bits)

@@ -8,6 +8,7 @@ Links are followed, and names that begin with a dot are passed over.
 
 import argparse
 import logging
+import os
 import math
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ MIN_DEPTH_M = 1e-5
 DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".pfm", ".hdf5", ".h5", ".tif", ".tiff")
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 MANY, FAR_M = 0.01, 1000.0  # share of a map, metres: what makes one doubt a map's numbers
+SAME_SHAPE = 0.02  # by how much a depth map's aspect ratio may differ from its image's
 
 
 def add_pair_options(add):
@@ -80,7 +82,7 @@ class FolderOfPairs:
         self.root, self.depth_scale = Path(root), depth_scale
         self.max_depth = np.inf if max_depth is None else max_depth
         self.resize_depth, self.exif = resize_depth, exif
-        listed = (self.root / PAIRS_CSV).is_file()
+        listed = os.path.lexists(self.root / PAIRS_CSV)
         self.pairs = read_pairs_csv(self.root) if listed else match_by_stem(self.root)
         self.warned = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any process that reads
 
@@ -107,6 +109,11 @@ class FolderOfPairs:
 
     def resized(self, depth_m, size, path):
         """A depth map at the size of its image, by the nearest pixel; BadSample unless asked."""
+        shapes = depth_m.shape[0] * size[1], depth_m.shape[1] * size[0]
+        if self.resize_depth and abs(shapes[0] - shapes[1]) > SAME_SHAPE * shapes[0]:
+            raise BadSample(f"{path} is {depth_m.shape[0]}x{depth_m.shape[1]}, which is of another "
+                            f"shape than its counterpart's {size[0]}x{size[1]}: it is not the same "
+                            "picture, or turned.")
         if not self.resize_depth:
             raise BadSample(f"{path} is {depth_m.shape[0]}x{depth_m.shape[1]}, but its counterpart "
                             f"is {size[0]}x{size[1]}: make them alike, or give --resize-depth "
@@ -218,7 +225,11 @@ def read_depth(path, depth_scale=1000.0):
     if values.ndim != 2 or values.dtype.kind not in "fiu":
         raise BadSample(f"{path} holds {values.dtype} of shape {values.shape}, not a depth map H,W "
                         "of numbers.")
-    depth_m = values.astype(np.float32)
+    if values.dtype == np.uint8:
+        raise BadSample(f"{path} holds 8-bit numbers, which can't be depth in metres or "
+                        "millimetres: write it as 16-bit PNG or float .npy.")
+    with np.errstate(over="ignore"):  # 1e300 stands for no depth
+        depth_m = values.astype(np.float32)
     return depth_m if values.dtype.kind == "f" else depth_m / np.float32(depth_scale)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from data.loading import preflight, read_ahead
 from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
 from data.pairs import PAIRS_CSV, FolderOfPairs, add_pair_options
-from data.sampler import draw_step, replacements, shuffled_index
+from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
 from data.transforms import (
     TARGETS,
     BadSample,
@@ -49,7 +49,7 @@ class Replaced(NamedTuple):
 class TrainingSet(Dataset):
     """Sample k is place k % batch of step k // batch: a pure function of (seed, batch, k).
 
-    Pair it with a StepBatchSampler made with the same seed, batch, probabilities and sizes.
+    `sampler` gives the places that a rank takes.
     """
 
     def __init__(self, sources, probabilities, sizes, target="sqrt_disparity", seed=0, batch=32,
@@ -96,6 +96,11 @@ class TrainingSet(Dataset):
         raise ValueError(f"{source.root}: {MAX_REPLACEMENTS} samples in a row can't be used, the "
                          f"last being {replaced[-1].name} ({replaced[-1].reason.rstrip('.')}); "
                          "check the data set.")
+
+    def sampler(self, micro_batch, first_step, last_step, ranks):
+        """The StepBatchSampler of this training set for a rank, of first_step .. last_step - 1."""
+        return StepBatchSampler(self.seed, self.batch, micro_batch, self.probabilities, self.sizes,
+                                first_step, last_step, ranks.rank, ranks.world)
 
     def digest(self):
         """A digest of the names of all samples, in order, which decides what each step draws."""

@@ -124,6 +124,8 @@ def claim(folder):
     if find_spec("fcntl") is None:  # Windows
         return
     import fcntl
+    if os.path.exists(folder / LOCK):
+        check_file(folder / LOCK)
     # A link in its place would lead elsewhere.
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     file = HELD[folder] = open(handle, "r+")
@@ -143,7 +145,7 @@ def claim(folder):
 def choose_checkpoint(folder):
     """The newest whole checkpoint, or None if there never was one; says which ones are damaged."""
     there = [path for path in (folder / STATE, folder / PREVIOUS) if path.exists()]
-    for path in (*there, *filter(Path.exists, (folder / OPTIONS, folder / LOG))):
+    for path in (*there, *filter(Path.exists, (folder / OPTIONS, folder / LOG, folder / MODEL))):
         check_file(path)
     faults = {}
     for path in there:
@@ -167,6 +169,10 @@ def choose_checkpoint(folder):
         raise ValueError(f"no checkpoint in {folder} is whole "
                          f"({'; '.join(f'{path.name}: {faults[path]}' for path in there)}): bring "
                          f"back a copy of {STATE}, or move these aside to begin anew.")
+    # A first save that was cut off leaves a model, and its checkpoint under another name.
+    if (folder / MODEL).exists() and not any(folder.glob(".*.tmp")):
+        raise ValueError(f"{folder} holds {MODEL} of a run whose checkpoint is gone: move it aside "
+                         "to begin anew, or choose another --out.")
     return None
 
 

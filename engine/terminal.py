@@ -66,8 +66,10 @@ def printable(text):
 def check_folder(path, option):
     """Before the work: FileExistsError if no folder can be at the path, as there is a file."""
     for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise FileExistsError(f"{option} {part} is a file: give a folder.")
+        if os.path.lexists(part) and not part.is_dir():
+            raise FileExistsError(f"{option} {part} is a file: give a folder."
+                                  if part.exists() else
+                                  f"{option} {part} is a link that leads nowhere: give a folder.")
 
 
 def is_first():

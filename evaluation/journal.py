@@ -8,12 +8,15 @@ import csv
 import io
 import json
 import math
-import shutil
-from pathlib import Path
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
-from storage import append, read_text, write_text
+from data.sources import BENCHMARKS
+from storage import append, read_text, walk, write_text
 
 PICTURES = "pictures"  # of the report: a folder
+PICTURE_NAMES = ("image", "truth", "prediction", "error")  # of an image, .jpg
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
 KEY = ("dataset", "image")
 WORDS = (*KEY, "unfitted")  # columns that hold no number
@@ -124,10 +127,14 @@ def prepare(out, settings):
     if before == settings:
         return []
     changed = sorted(name for name in settings if before and before.get(name) != settings[name])
-    for old in (*out.glob("per_image*.csv"), out / METRICS):
+    for old in (out / PER_IMAGE, *out.glob("per_image.rank[0-9]*.csv"), out / METRICS):
         old.unlink(missing_ok=True)
-    if before:
-        shutil.rmtree(out / PICTURES, ignore_errors=True)
+    places = walk(out / PICTURES) if before else ()  # of a user's files there, none is touched
+    for place in map(PurePosixPath, places):
+        if place.parts[0] in BENCHMARKS and place.stem in PICTURE_NAMES and len(place.parts) > 2:
+            (out / PICTURES / place).unlink()
+            with suppress(OSError):  # not empty yet
+                os.removedirs((out / PICTURES / place).parent)
     write_text(path, json.dumps(settings, indent=1) + "\n")
     return changed
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from data.sources import BENCHMARKS
 from evaluation.pictures import ERROR_MAX, colourise, nearness
+from evaluation.journal import PICTURE_NAMES as PICTURES
 from evaluation.journal import read_results
 from evaluation.table import describe_count
 from storage import whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_SIDE = 320  # of the pictures
-PICTURES = ("image", "truth", "prediction", "error")
 
 COLUMNS = {  # score: heading, unit, digits of what is shown, whether higher is better
     "abs_rel": ("AbsRel", "%", 2, False), "delta1": ("δ1", "%", 2, True),

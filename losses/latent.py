@@ -12,17 +12,13 @@ def valid_cells(valid, cell=8):
     return cells.bool()
 
 
-def cells_to_pixels(cells, cell=8):
-    """Latent cells B,1,h,w -> a mask of pixels B,1,8h,8w that has the same valid cells."""
-    return cells.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
-
-
 def latent_loss(z_pred, z_target, valid):
     """Squared error of latents B,4,h,w over cells whose pixels are all valid -> per sample B.
 
-    valid: B,1,H,W bool. A sample without a valid cell gives 0 (readers never yield one).
+    valid: bool, of the pixels B,1,H,W or of the cells B,1,h,w. A sample without a valid cell gives
+    0 (data sets never yield one).
     """
-    cells = valid_cells(valid)
+    cells = valid if valid.shape[2:] == z_pred.shape[2:] else valid_cells(valid)
     error = torch.where(cells, z_pred.float() - z_target.float(), 0)  # B,4,h,w
     total = error.square().mean(dim=1).sum(dim=(1, 2))
     return total / cells.sum(dim=(1, 2, 3)).clamp(min=1)

@@ -109,7 +109,7 @@ def holds_networks(folder):
 def what_is_there(path):
     """Why there is no model file at a path, for messages."""
     if not path.is_dir():
-        return "is not there"
+        return "is not a file" if path.exists() else "is not there"
     inside = path / "model.safetensors"
     if holds_networks(path):
         return f"is a folder of diffusers (bring it here with python convert_sd2.py {path})"

@@ -592,7 +592,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_opened(world, ckpt, tmp_path,
                                                           capsys):
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(ckpt.read_bytes())
-    original = evaluate.open_model
+    original = DepthMaster.from_file
 
     def replaced(*arguments):
         model = original(*arguments)
@@ -600,7 +600,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_opened(world, ckpt, tmp_path,
         os.replace(tmp_path / "new.safetensors", mine)
         return model
 
-    monkeypatch.setattr(evaluate, "open_model", replaced)
+    monkeypatch.setattr(DepthMaster, "from_file", replaced)
     words = "--ckpt", mine, "--data", world / "root", "--out", tmp_path / "out"
     assert call(monkeypatch, *words) == 1
     assert "mine.safetensors was replaced while it was read" in capsys.readouterr().err
@@ -608,13 +608,13 @@ def test_a_checkpoint_that_is_replaced_while_it_is_opened(world, ckpt, tmp_path,
 
 
 def test_another_evaluation_in_a_folder_without_locks(world, ckpt, tmp_path, monkeypatch, capsys):
-    original = evaluate.score_set
+    original = evaluate.evaluate_dataset
 
-    def overtaken(*arguments):
-        original(*arguments)
+    def overtaken(*arguments, **options):
+        yield from original(*arguments, **options)
         prepare(tmp_path / "out", {"weights": "another model's"})
 
-    monkeypatch.setattr(evaluate, "score_set", overtaken)
+    monkeypatch.setattr(evaluate, "evaluate_dataset", overtaken)
     out = tmp_path / "out"
     assert call(monkeypatch, "--ckpt", ckpt, "--data", world / "root", "--out", out) == 1
     assert f"another evaluation has begun in {out}" in capsys.readouterr().err
@@ -668,3 +668,16 @@ def test_names_are_text_for_a_spreadsheet(name, tmp_path):
     assert again.rows == journal.rows and not again.lost
     again.merge([("pairs", name)])
     assert Journal(tmp_path, ["abs_rel"]).rows == journal.rows
+
+
+def test_of_a_users_files_none_is_removed(world, ckpt, monkeypatch, tmp_path):
+    words = "--ckpt", ckpt, "--data", world / "root", "--out", tmp_path / "out"
+    assert call(monkeypatch, *words, "--report") == 0
+    ours = tmp_path / "out/pictures/pairs/rgb/a/image.jpg"
+    mine = [tmp_path / "out" / name for name in (
+        "per_image_before.csv", "pictures/mine.jpg", "pictures/image.jpg", "pictures/pairs/a.jpg")]
+    for path in mine:
+        path.write_text("mine")
+    assert ours.exists()
+    assert call(monkeypatch, *words, "--align", "depth") == 0
+    assert not ours.exists() and {path.read_text() for path in mine} == {"mine"}

@@ -287,3 +287,19 @@ def test_heic(name, tmp_path):
     pillow_heif.from_pillow(Image.fromarray(photo())).save(tmp_path / "a.heic", quality=95)
     (tmp_path / "a.heic").rename(tmp_path / name)
     assert np.abs(read_rgb(tmp_path / name).astype(int) - photo()).mean() < 3
+
+
+def test_grey_beyond_sixteen_bits_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 6), 70_000, np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(BadSample, match="a.tif holds numbers from 70000 to 70000"):
+        read_rgb(tmp_path / "a.tif")
+
+
+def test_grey_of_sixteen_bits_with_white_as_zero_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 6), 700, np.uint16)).save(tmp_path / "a.tif")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    place = content.index(bytes([6, 1, 3, 0]))  # the entry of tag 262, little-endian
+    content[place + 8] = 0
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(BadSample, match="with white as 0"):
+        read_rgb(tmp_path / "a.tif")

@@ -319,3 +319,42 @@ def test_depth_of_another_size_is_resized_where_it_is_asked_for(tmp_path):
         FolderOfPairs(tmp_path)[0]
     sample = FolderOfPairs(tmp_path, resize_depth="nearest")[0]
     np.testing.assert_array_equal(sample["depth"][0].numpy(), depth_map())
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 40)])
+def test_a_depth_map_of_another_shape_is_not_stretched(tmp_path, size):
+    for kind in ("rgb", "depth"):
+        (tmp_path / kind).mkdir()
+    iio.imwrite(tmp_path / "rgb/a.png", np.zeros((40, 60, 3), np.uint8))
+    np.save(tmp_path / "depth/a.npy", np.ones(size, np.float32))
+    with pytest.raises(BadSample, match="of another shape than its counterpart's 40x60"):
+        FolderOfPairs(tmp_path, resize_depth="nearest")[0]
+    np.save(tmp_path / "depth/a.npy", np.ones((20, 30), np.float32))
+    assert FolderOfPairs(tmp_path, resize_depth="nearest")[0]["depth"].shape == (1, 40, 60)
+
+
+def test_eight_bits_are_no_depth(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((4, 6), 73, np.uint8))
+    iio.imwrite(tmp_path / "a.tif", np.full((4, 6), 73, np.uint8))
+    for name in ("a.npy", "a.tif"):
+        with pytest.raises(BadSample, match=f"{name} holds 8-bit numbers"):
+            read_depth(tmp_path / name)
+
+
+def test_what_lies_in_the_place_of_an_array_is_named(tmp_path):
+    (tmp_path / "a.npy").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "b.npy").write_bytes(b"no array")
+    for name, words in (("a.npy", "git lfs pull"), ("b.npy", "it is no array of numbers")):
+        with pytest.raises(BadSample, match=words) as caught:
+            read_depth(tmp_path / name)
+        assert "allow_pickle" not in str(caught.value)
+
+
+def test_a_list_of_pairs_that_leads_nowhere_is_not_ignored(tmp_path):
+    for kind in ("rgb", "depth"):
+        (tmp_path / kind).mkdir()
+    iio.imwrite(tmp_path / "rgb/a.png", np.zeros((4, 6, 3), np.uint8))
+    np.save(tmp_path / "depth/a.npy", np.ones((4, 6), np.float32))
+    (tmp_path / "pairs.csv").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="pairs.csv"):
+        FolderOfPairs(tmp_path)

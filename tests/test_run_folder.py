@@ -389,3 +389,13 @@ def test_a_validation_that_was_missed_is_known(tmp_path):
     assert not log.has_validation(2)
     log.write({"step": 2, "validation": {}})
     assert log.has_validation(2) and not log.has_validation(4)
+
+
+def test_a_model_whose_checkpoint_is_gone_is_not_written_over(tmp_path):
+    saved(tmp_path, [2])
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(ValueError, match="holds model.safetensors of a run whose checkpoint is"):
+        run_folder.open_run(tmp_path, OPTIONS, ALONE)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"model"
+    (tmp_path / f".{storage.MACHINE}-1-00000000.tmp").touch()  # a first save that was cut off
+    assert run_folder.open_run(tmp_path, OPTIONS, ALONE) is None

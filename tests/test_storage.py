@@ -130,3 +130,11 @@ def test_names_may_be_as_long_as_names_can_be(tmp_path):
 def test_a_full_disk_is_one_sentence_with_the_path():
     with pytest.raises(OSError, match="/dev/full can't be written .No space left on device"):
         storage.append("/dev/full", "text")
+
+
+def test_links_that_lead_nowhere_are_said(tmp_path, caplog):
+    touch(tmp_path / "a.png")
+    for number in range(3):
+        (tmp_path / f"{number}.png").symlink_to("not fetched")
+    assert list(walk(tmp_path)) == ["a.png"]
+    assert f"3 links in {tmp_path} lead nowhere" in caplog.text and len(caplog.records) == 1

@@ -184,5 +184,6 @@ def test_the_archive_itself_may_be_given(tmp_path):
         assert code == 0 and out.startswith("nyu: "), said
     code, _, said = run("evaluate.py", "--data", renamed, "--preflight")
     assert code == 1 and "say which set it is with --datasets" in said
-    code, _, said = run("train_stage1.py", "--data", archive, "--sd2", "x", "--out", tmp_path / "r")
+    code, _, said = run("train_stage1.py", "--data", archive, "--sd2",
+                        ROOT / "weights/miniature_sd2.safetensors", "--out", tmp_path / "r")
     assert code == 1 and "nyu_labeled_extracted.tar is a file: unpack it" in said
