@@ -29,7 +29,7 @@ import metrics
 from data.loading import preflight
 from data.pairs import add_pair_options, pair_options
 from data.sources import BENCHMARKS, find_benchmarks, locate, open_benchmark
-from data.transforms import normalise_target
+from data.transforms import KITTI_CROP, normalise_target
 from engine import job, run_folder, terminal
 from engine.terminal import say, tell
 from evaluation import predictions
@@ -61,7 +61,7 @@ def options():
     add("--datasets", nargs="+", choices=BENCHMARKS, metavar="SET",
         help=f"of {' '.join(BENCHMARKS)} (all under ROOT)")
     add_pair_options(add)
-    add("--vkitti-crop", type=terminal.positive, nargs=2, metavar=("H", "W"), default=(352, 1216),
+    add("--vkitti-crop", type=terminal.positive, nargs=2, metavar=("H", "W"), default=KITTI_CROP,
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
     add("--batch", type=terminal.positive, help="images predicted at once (8 on CUDA, else 1)")

@@ -24,7 +24,7 @@ MIN_DISPARITY = 1e-3  # 1/m: an aligned prediction is never farther than 1 km
 # ------------------------------------------------------------------------------- alignment
 
 
-def align(pred, depth_m, valid, space, negative="clamp"):
+def align(pred, depth_m, valid, space, negative="clamp", fit=None):
     """A prediction in `space`, up to scale and shift -> depth in metres, float64, same shape.
 
     pred may also be an array, as `DepthMaster.predict` returns it. The fit takes the valid pixels
@@ -35,22 +35,16 @@ def align(pred, depth_m, valid, space, negative="clamp"):
     clips it to the data set's range.
     negative: what becomes of a square-root disparity below 0: `clamp` makes it 0 (far), `square`
     squares it, which turns it near again (what the released code does).
+    fit: what `fit_scale_shift` gave for these; None: it is asked.
     """
-    return align_if_possible(pred, depth_m, valid, space, negative)[0]
-
-
-def align_if_possible(pred, depth_m, valid, space, negative="clamp"):
-    """As `align`, and whether the prediction could fix scale and shift."""
     _check_choice("space", space, SPACES)
     _check_choice("negative", negative, NEGATIVE)
     if not torch.count_nonzero(valid):
         raise ValueError("the truth has no valid pixel to align to.")
     pred = torch.as_tensor(pred, device=depth_m.device)
-    fit = fit_scale_shift(pred, depth_m, valid, space)
     if fit is None:
-        scale, shift = 0.0, to_target_space(depth_m[valid].double(), space).mean().item()
-    else:
-        scale, shift = fit
+        fit = fit_scale_shift(pred, depth_m, valid, space) or flat(depth_m, valid, space)
+    scale, shift = fit
     aligned = pred.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     for (block,) in _blocks(aligned):  # views of it
         block.mul_(scale).add_(shift)
@@ -59,7 +53,12 @@ def align_if_possible(pred, depth_m, valid, space, negative="clamp"):
             (block.clamp_(min=0) if negative == "clamp" else block).square_()
         if space != "depth":
             block.clamp_(min=MIN_DISPARITY).reciprocal_()
-    return aligned, fit is not None
+    return aligned
+
+
+def flat(depth_m, valid, space):
+    """Scale 0 and the shift that makes any prediction the mean of the truth in `space`."""
+    return 0.0, to_target_space(depth_m[valid].double(), space).mean().item()
 
 
 def fit_scale_shift(pred, depth_m, valid, space):
@@ -68,7 +67,8 @@ def fit_scale_shift(pred, depth_m, valid, space):
     That is so with fewer than two pixels to fit and with a constant prediction.
     """
     parts = []
-    origin = None  # a pixel's values go before any product: a small spread would drown in the mean
+    # One pixel's values are subtracted from all: products of nearly equal numbers lose digits.
+    origin = None
     for p, d, used in _blocks(pred, depth_m, valid):
         used = used if space == "depth" else used & (p > 0)
         p, t = p.double(), to_target_space(d.double(), space)

@@ -1,13 +1,20 @@
-"""The evaluation sets: where each lies, what range it is scored in, what was published for it."""
+"""The data sets: where each lies, how a folder is recognised and opened, how a set is scored."""
 
+import logging
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.hypersim import Hypersim, ProcessedHypersim
-from data.pairs import FolderOfPairs
-from data.training_set import check_usable, holds_pairs, holds_processed_hypersim
-from data.vkitti import VirtualKITTI
+from data import hypersim_geometry, vkitti
+from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
+from data.pairs import MIN_DEPTH_M, PAIRS_CSV, FolderOfPairs
+from data.transforms import KITTI_CROP
+from data.vkitti import TREES, VirtualKITTI, holds_scenes
 from data.zeroshot import LAYOUTS, ZeroShot
+from storage import walk
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,21 +36,32 @@ class Benchmark:
     published_of: str = ""
 
 
+def zero_shot(name, folder, processing_res, abs_rel, delta1, depth_range=None):
+    """The row of a set of data/zeroshot.py, clipped to the range in which its truth is valid."""
+    layout = LAYOUTS[name]
+    low, high = depth_range or (layout.min_depth, layout.max_depth)
+    return Benchmark(folder, low, high, processing_res, {"abs_rel": abs_rel, "delta1": delta1})
+
+
+HYPERSIM_RANGE = hypersim_geometry.MIN_DEPTH_M, hypersim_geometry.MAX_DEPTH_M
 BENCHMARKS = {
-    "nyu": Benchmark("nyuv2", 1e-3, 10.0, 0, {"abs_rel": 0.050, "delta1": 0.972}),
-    "kitti": Benchmark("kitti", 1e-5, 80.0, 0, {"abs_rel": 0.082, "delta1": 0.937}),
-    "eth3d": Benchmark("eth3d", 1e-5, float("inf"), 756, {"abs_rel": 0.053, "delta1": 0.974}),
-    "scannet": Benchmark("scannet", 1e-3, 10.0, 0, {"abs_rel": 0.055, "delta1": 0.967}),
-    "diode": Benchmark("diode", 0.6, 350.0, 640, {"abs_rel": 0.215, "delta1": 0.776}),
-    "hypersim": Benchmark("hypersim", 1e-5, 65.0, 0, {"boundary_f1": 0.337},
+    "nyu": zero_shot("nyu", "nyuv2", 0, 0.050, 0.972),
+    "kitti": zero_shot("kitti", "kitti", 0, 0.082, 0.937),
+    "eth3d": zero_shot("eth3d", "eth3d", 756, 0.053, 0.974),
+    "scannet": zero_shot("scannet", "scannet", 0, 0.055, 0.967),
+    "diode": zero_shot("diode", "diode", 640, 0.215, 0.776, depth_range=(0.6, 350.0)),
+    "hypersim": Benchmark("hypersim", *HYPERSIM_RANGE, 0, {"boundary_f1": 0.337},
                           "80 images, native, owner mask"),
-    "vkitti": Benchmark("vkitti", 1e-5, 80.0, 0, {}),
-    "pairs": Benchmark("pairs", 1e-5, float("inf"), None, {}),
-    "miniature": Benchmark("hypersim", 1e-5, 65.0, None, {}),
+    "vkitti": Benchmark("vkitti", vkitti.MIN_DEPTH_M, vkitti.MAX_DEPTH_M, 0, {}),
+    "pairs": Benchmark("pairs", MIN_DEPTH_M, float("inf"), None, {}),
+    "miniature": Benchmark("hypersim", *HYPERSIM_RANGE, None, {}),
 }
 
 
-def open_benchmark(name, folder, vkitti_crop=(352, 1216), hypersim_split="val", **pairs):
+# ----------------------------------------------------------------------------- to score
+
+
+def open_benchmark(name, folder, vkitti_crop=KITTI_CROP, hypersim_split="val", **pairs):
     """The reader of a set that lies in `folder`; pairs: keywords of FolderOfPairs, `exif` of all.
 
     A reader has a length, name(i), [i] -> sample, and `expected`, the number of images that the
@@ -93,3 +111,99 @@ def find_benchmarks(root):
         raise FileNotFoundError(f"{root} holds none of the folders {folders}: give the folder "
                                 "above them, or say which set it is with --datasets.")
     return found
+
+
+# ----------------------------------------------------------------------------- to train on
+
+
+def open_training_source(root, split="train", crop=KITTI_CROP, **pairs):
+    """The reader of the data set in a folder, told by what is in it.
+
+    crop: for Virtual KITTI 2; pairs: keywords of FolderOfPairs, of which `exif` holds for all. A
+    folder of pairs may hold folders named train and val; otherwise all of it serves as every split.
+    Raises FileNotFoundError if the folder is missing, empty or nothing that is known.
+    """
+    root = Path(root)
+    check_folder(root)
+    kind = kind_of(root)
+    if kind in (Hypersim, ProcessedHypersim):
+        reader = kind(root, split)
+        check_usable(reader)
+    elif kind is VirtualKITTI:
+        reader = VirtualKITTI(root, split, crop)
+    elif kind is FolderOfPairs:
+        folder = root / split if any(holds_pairs(root / name) for name in SPLITS) else root
+        if folder == root and split != "train":
+            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
+        reader = FolderOfPairs(folder, **pairs)
+    else:
+        raise FileNotFoundError(unknown_data(root))
+    reader.exif = pairs.get("exif", "auto")
+    return reader
+
+
+def check_folder(root):
+    """FileNotFoundError if the root of a data set is no folder."""
+    if root.is_file():
+        raise FileNotFoundError(f"{root} is a file: unpack it if it is an archive, and give the "
+                                "folder.")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; give the root of a data set.")
+
+
+def check_usable(reader):
+    """FileNotFoundError for raw Hypersim of which a kind of file was not downloaded."""
+    frames = getattr(reader, "frames", [])
+    if frames and len(reader.lacking) == len(frames):
+        raise FileNotFoundError(f"{reader.root}: none of its {len(frames)} frames has entity ids, "
+                                "which tell where an object is: download the files "
+                                f"frame.*.render_entity_id.hdf5, too, {reader.lacking[0]} first.")
+
+
+def kind_of(root):
+    """The class that reads the data set in a folder; None if it holds none that is known."""
+    entries = sorted(entry.name for entry in root.iterdir())
+    if holds_raw_hypersim(root, entries):
+        return Hypersim
+    if holds_processed_hypersim(root, entries):
+        return ProcessedHypersim
+    if any(holds_scenes(root / rgb_tree) for rgb_tree, _ in TREES):
+        return VirtualKITTI
+    if any(holds_pairs(root / name) for name in ("", *SPLITS)):
+        return FolderOfPairs
+    return None
+
+
+def unknown_data(root):
+    """Says of a folder that it holds no known data set and, if it is near, where one is."""
+    near = [path for path in (root.absolute().parent, *sorted(root.iterdir()))
+            if path.is_dir() and os.access(path, os.R_OK) and kind_of(path)]
+    if near:
+        return f"{root} is no data set that is known, but {near[0]} is: give that."
+    if not any(root.iterdir()):
+        return f"{root} is empty; give the root of a data set."
+    return (f"{root} is no data set that is known; looked for raw Hypersim ({SPLIT_CSV} and "
+            "ai_VVV_NNN/images/), processed Hypersim (ai_VVV_NNN/rgb_cam_XX_frIIII.png, also under "
+            "train/ and val/), Virtual KITTI 2 (Scene01/, also under rgb/ and depth/) and a folder "
+            f"of pairs (rgb/ and depth/, or {PAIRS_CSV}).")
+
+
+def is_scene(name):
+    return re.fullmatch(r"ai_\d{3}_\d{3}", name) is not None
+
+
+def holds_raw_hypersim(root, entries):
+    return any(is_scene(name) and (root / name / "images").is_dir() for name in entries) or (
+        SPLIT_CSV in entries and not holds_processed_hypersim(root, entries))
+
+
+def holds_processed_hypersim(root, entries):
+    """Whether there are scenes of PNG pairs, directly or in folders named like splits."""
+    folders = [root / name for name in entries if is_scene(name)]
+    folders += [scene for split in SPLITS if (root / split).is_dir()
+                for scene in (root / split).iterdir() if is_scene(scene.name)]
+    return any(re.match(r"rgb_cam_.*\.png", file) for folder in folders for file in walk(folder))
+
+
+def holds_pairs(root):
+    return (root / PAIRS_CSV).is_file() or ((root / "rgb").is_dir() and (root / "depth").is_dir())

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +13,11 @@ from einops import reduce
 from torch.utils.data import Dataset
 
 from data.loading import preflight, read_ahead
-from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
-from data.pairs import PAIRS_CSV, FolderOfPairs, add_pair_options
+from data.pairs import add_pair_options
 from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
+from data.sources import check_folder, open_training_source
 from data.transforms import (
+    KITTI_CROP,
     TARGETS,
     BadSample,
     FilteredSample,
@@ -25,8 +25,7 @@ from data.transforms import (
     resize_antialias,
     resize_nearest,
 )
-from data.vkitti import TREES, VirtualKITTI, holds_scenes
-from storage import walk
+from data.vkitti import VirtualKITTI
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +153,7 @@ def add_data_options(parser, side):
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--size", type=side, nargs=2, metavar=("H", "W"),
         help="that --data is resized to (the model's own; SD2: 480 640)")
-    add("--vkitti-crop", type=side, nargs=2, metavar=("H", "W"), default=(352, 1216),
+    add("--vkitti-crop", type=side, nargs=2, metavar=("H", "W"), default=KITTI_CROP,
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--rgb-resize", choices=list(RGB_RESIZES), default="nearest-exact",
         help="antialias is the better one, nearest-exact the paper's (%(default)s)")
@@ -170,7 +169,7 @@ def open_held_out(root, crop, pairs, say):
         return None
 
 
-def open_training_set(data, vkitti, size, crop=(352, 1216), target="sqrt_disparity", seed=0,
+def open_training_set(data, vkitti, size, crop=KITTI_CROP, target="sqrt_disparity", seed=0,
                       batch=32, rgb_resize="nearest-exact", **pairs):
     """The training set of `data`, or of Virtual KITTI 2, or of both mixed 9 to 1.
 
@@ -221,96 +220,3 @@ def read_batches(training_set, sampler, workers, on_bad):
             raise ValueError(f"{count} of the {drawn} samples drawn can't be used, over "
                              f"{MAX_BAD_SHARE:.0%}: {'; '.join(bad.values())}")
         yield batch
-
-
-def open_training_source(root, split="train", crop=(352, 1216), **pairs):
-    """The reader of the data set in a folder, told by what is in it.
-
-    crop: for Virtual KITTI 2; pairs: keywords of FolderOfPairs, of which `exif` holds for all. A
-    folder of pairs may hold folders named train and val; otherwise all of it serves as every split.
-    Raises FileNotFoundError if the folder is missing, empty or nothing that is known.
-    """
-    root = Path(root)
-    check_folder(root)
-    kind = kind_of(root)
-    if kind in (Hypersim, ProcessedHypersim):
-        reader = kind(root, split)
-        check_usable(reader)
-    elif kind is VirtualKITTI:
-        reader = VirtualKITTI(root, split, crop)
-    elif kind is FolderOfPairs:
-        folder = root / split if any(holds_pairs(root / name) for name in SPLITS) else root
-        if folder == root and split != "train":
-            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
-        reader = FolderOfPairs(folder, **pairs)
-    else:
-        raise FileNotFoundError(unknown_data(root))
-    reader.exif = pairs.get("exif", "auto")
-    return reader
-
-
-def check_folder(root):
-    """FileNotFoundError if the root of a data set is no folder."""
-    if root.is_file():
-        raise FileNotFoundError(f"{root} is a file: unpack it if it is an archive, and give the "
-                                "folder.")
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; give the root of a data set.")
-
-
-def check_usable(reader):
-    """FileNotFoundError for raw Hypersim of which a kind of file was not downloaded."""
-    frames = getattr(reader, "frames", [])
-    if frames and len(reader.lacking) == len(frames):
-        raise FileNotFoundError(f"{reader.root}: none of its {len(frames)} frames has entity ids, "
-                                "which tell where an object is: download the files "
-                                f"frame.*.render_entity_id.hdf5, too, {reader.lacking[0]} first.")
-
-
-def kind_of(root):
-    """The class that reads the data set in a folder; None if it holds none that is known."""
-    entries = sorted(entry.name for entry in root.iterdir())
-    if holds_raw_hypersim(root, entries):
-        return Hypersim
-    if holds_processed_hypersim(root, entries):
-        return ProcessedHypersim
-    if any(holds_scenes(root / rgb_tree) for rgb_tree, _ in TREES):
-        return VirtualKITTI
-    if any(holds_pairs(root / name) for name in ("", *SPLITS)):
-        return FolderOfPairs
-    return None
-
-
-def unknown_data(root):
-    """Says of a folder that it holds no known data set and, if it is near, where one is."""
-    near = [path for path in (root.absolute().parent, *sorted(root.iterdir()))
-            if path.is_dir() and os.access(path, os.R_OK) and kind_of(path)]
-    if near:
-        return f"{root} is no data set that is known, but {near[0]} is: give that."
-    if not any(root.iterdir()):
-        return f"{root} is empty; give the root of a data set."
-    return (f"{root} is no data set that is known; looked for raw Hypersim ({SPLIT_CSV} and "
-            "ai_VVV_NNN/images/), processed Hypersim (ai_VVV_NNN/rgb_cam_XX_frIIII.png, also under "
-            "train/ and val/), Virtual KITTI 2 (Scene01/, also under rgb/ and depth/) and a folder "
-            f"of pairs (rgb/ and depth/, or {PAIRS_CSV}).")
-
-
-def is_scene(name):
-    return re.fullmatch(r"ai_\d{3}_\d{3}", name) is not None
-
-
-def holds_raw_hypersim(root, entries):
-    return any(is_scene(name) and (root / name / "images").is_dir() for name in entries) or (
-        SPLIT_CSV in entries and not holds_processed_hypersim(root, entries))
-
-
-def holds_processed_hypersim(root, entries):
-    """Whether there are scenes of PNG pairs, directly or in folders named like splits."""
-    folders = [root / name for name in entries if is_scene(name)]
-    folders += [scene for split in SPLITS if (root / split).is_dir()
-                for scene in (root / split).iterdir() if is_scene(scene.name)]
-    return any(re.match(r"rgb_cam_.*\.png", file) for folder in folders for file in walk(folder))
-
-
-def holds_pairs(root):
-    return (root / PAIRS_CSV).is_file() or ((root / "rgb").is_dir() and (root / "depth").is_dir())

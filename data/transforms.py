@@ -12,6 +12,7 @@ TARGETS = ("sqrt_disparity", "disparity", "depth")
 # The value of y at the far end, which pixels without depth get too.
 FAR_CODE = {"sqrt_disparity": -1.0, "disparity": -1.0, "depth": 1.0}
 NEAR_FAR_QUANTILES = (0.02, 0.98)
+KITTI_CROP = 352, 1216  # height and width: of KITTI's depth benchmark, at the bottom
 
 
 class BadSample(ValueError):

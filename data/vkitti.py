@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images import read_png16, read_rgb
-from data.transforms import check_same_size, kitti_crop, pack_sample
+from data.transforms import KITTI_CROP, check_same_size, kitti_crop, pack_sample
 from storage import walk
 
 SCENES = {"train": ("Scene02", "Scene06", "Scene18", "Scene20"), "val": ("Scene01",)}
@@ -25,9 +25,10 @@ class VirtualKITTI:
     benchmark = "vkitti"  # in data/sources.py
     exif = "auto"  # as in data/files.py
 
-    def __init__(self, root, split="train", crop=(352, 1216)):
-        """crop: height and width of the part at the bottom centre that is kept (352x1216 is KITTI's
-        benchmark crop). Raises FileNotFoundError if no frame of the split is there.
+    def __init__(self, root, split="train", crop=KITTI_CROP):
+        """crop: height and width of the part at the bottom centre that is kept.
+
+        Raises FileNotFoundError if no frame of the split is there.
         """
         if split not in SCENES:
             raise ValueError(f"Virtual KITTI 2 has no split {split!r}; choose train or val.")

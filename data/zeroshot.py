@@ -14,9 +14,8 @@ import numpy as np
 from data.archives import open_tree
 from data.files import read_npy
 from data.images import read_png16, read_rgb
-from data.transforms import BadSample, check_same_size, kitti_crop, pack_sample
+from data.transforms import KITTI_CROP, BadSample, check_same_size, kitti_crop, pack_sample
 
-KITTI_CROP = 352, 1216
 ETH3D_SIZE = 4032, 6048
 
 

@@ -12,7 +12,7 @@ from data.loading import Chunks, read_ahead
 from data.sources import BENCHMARKS
 from engine.terminal import say
 from evaluation.pictures import comparison
-from metrics import align_if_possible, mean_scores, score_aligned
+from metrics import align, fit_scale_shift, mean_scores, score_aligned
 
 SHOWN = 4  # images on a picture
 
@@ -81,11 +81,11 @@ def score_sample(sample, pred, spaces, min_depth, max_depth, negative, f1_mask):
     check_prediction(pred, depth_m.shape, sample["name"])
     scores, unfitted, first = {}, [], None
     for space in spaces:
-        pred_m, fitted = align_if_possible(pred, depth_m, valid, space, negative)
-        pred_m = pred_m.clamp(min_depth, max_depth)
+        fit = fit_scale_shift(pred, depth_m, valid, space)
+        pred_m = align(pred, depth_m, valid, space, negative, fit).clamp_(min_depth, max_depth)
         scores[space] = score_aligned(pred_m, depth_m, valid, f1_mask)
         first = pred_m if first is None else first
-        if not fitted:
+        if fit is None:
             unfitted.append(space)
     return ImageScores(sample["name"], tuple(depth_m.shape), scores, unfitted), first
 

@@ -23,7 +23,7 @@ from data.sources import open_benchmark
 from data.files import read_hdf5, read_table
 from data.hypersim import SPLIT_CSV, Hypersim, ProcessedHypersim, tone_map
 from data.hypersim_geometry import planar_depth, planar_per_distance, read_cameras
-from data.training_set import open_training_source
+from data.sources import open_training_source
 from data.transforms import BadSample, FilteredSample
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "hypersim"

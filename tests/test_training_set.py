@@ -18,12 +18,12 @@ from data import loading
 from data.hypersim import Hypersim, ProcessedHypersim
 from data.pairs import FolderOfPairs
 from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
+from data.sources import open_training_source
 from data.training_set import (
     TrainingSet,
     collate,
     has_complete_cell,
     open_training_set,
-    open_training_source,
     read_batches,
 )
 from data.transforms import BadSample, FilteredSample, normalise_target, resize_nearest
