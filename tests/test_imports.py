@@ -1,6 +1,7 @@
 """Which file may import which: arrows go down only, and importing a file does nothing."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_core_does_not_import_extras():
 def test_engine_knows_nothing_of_depth():
     for path in (ROOT / "engine").glob("*.py"):
         assert "depth" not in path.read_text().lower()
+
+
+def test_the_trainers_load_neither_miniature_nor_extras():
+    code = ("import sys, train_stage1, train_stage2\n"
+            "print(*{name.split('.')[0] for name in sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not {"miniature", "extras", "matplotlib"} & set(done.stdout.split()), done.stderr
+    assert "torch" in done.stdout.split()
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
