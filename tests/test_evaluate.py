@@ -15,9 +15,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from test_metrics import boxes, noisy, numpy_score
-from test_predict import photo, save_tiny
-from test_vkitti import CROP, HEIGHT, WIDTH, write_frame
 
 import evaluate
 import metrics
@@ -26,10 +23,21 @@ from data.sources import BENCHMARKS, find_benchmarks
 from data.pairs import FolderOfPairs
 from evaluation.journal import Journal, prepare
 from data.transforms import normalise_target
-from engine import job
 from extras.report import write_report
 from miniature import embedded
 from nets.depthmaster import DepthMaster
+from tests import worlds
+from tests.worlds import (
+    CROP,
+    HEIGHT,
+    WIDTH,
+    boxes,
+    noisy,
+    numpy_score,
+    photo,
+    save_tiny,
+    write_street,
+)
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on their number
 SIZES = {"a": (40, 60), "deep/b": (45, 50), "deep/c": (45, 50)}
@@ -67,13 +75,7 @@ def truth(world, name):
 
 
 def call(monkeypatch, *arguments):
-    """Runs the script in this process: the exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    try:
-        job.run(evaluate.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return worlds.call(monkeypatch, evaluate, *arguments)
 
 
 def results(out):
@@ -171,7 +173,7 @@ def test_depth_scale_is_the_unit_of_the_truth(world, monkeypatch):
 
 
 def test_the_crop_of_virtual_kitti_is_the_asked_one(tmp_path, monkeypatch):
-    _, depth_cm = write_frame(tmp_path / "root/vkitti", scene="Scene01")
+    _, depth_cm = write_street(tmp_path / "root/vkitti", scene="Scene01")
     left = (WIDTH - CROP[1]) // 2
     depth_m = depth_cm[HEIGHT - CROP[0]:, left:left + CROP[1]].astype(np.float32) / 100
     pred = noisy(depth_m, "disparity")

@@ -36,7 +36,7 @@ from nets.depthmaster import DepthMaster
 from nets.official.read import read_settings, read_tensors
 from nets.official.source import open_source
 from tests.fixtures.sources import write_network
-from tests.small_runs import UNET, VAE
+from tests.worlds import UNET, VAE
 
 
 class Code:

@@ -4,14 +4,13 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from test_metrics import boxes
-from test_predict import photo, save_tiny
 
 from evaluation import loop
 from data.pairs import FolderOfPairs
 from evaluation.loop import evaluate_dataset
 from metrics import SCORES, mean_scores, score
 from nets.depthmaster import DepthMaster
+from tests.worlds import boxes, photo, save_tiny
 
 SIZES = [(40, 60), (40, 60), (45, 50), (40, 60), (40, 60), (40, 60), (45, 50)]
 

@@ -9,6 +9,7 @@ import torch
 import metrics
 from evaluation import loop
 from data.transforms import to_target_space
+from tests.worlds import boxes, in_space, noisy, numpy_align, numpy_score
 
 RANGE = dict(min_depth=1e-3, max_depth=10.0)
 
@@ -16,88 +17,7 @@ RANGE = dict(min_depth=1e-3, max_depth=10.0)
 # ---- the second implementation: float64 numpy, as the papers say it, nothing shared ----
 
 
-def numpy_align(pred, depth_m, valid, space, negative):
-    p, d = pred.astype(np.float64), depth_m.astype(np.float64)
-    fitted = valid & (p > 0) if space != "depth" else valid
-    g = {"sqrt_disparity": lambda x: np.sqrt(1 / x), "disparity": lambda x: 1 / x,
-         "depth": lambda x: x}[space](d[fitted])
-    design = np.stack([p[fitted], np.ones(fitted.sum())], axis=1)
-    (scale, shift), *_ = np.linalg.lstsq(design, g, rcond=None)
-    a = scale * p + shift
-    if space == "depth":
-        return a
-    if space == "sqrt_disparity":
-        a = np.maximum(a, 0) ** 2 if negative == "clamp" else a**2
-    return 1 / np.maximum(a, 1e-3)
-
-
-def numpy_f1(pred_m, depth_m, valid, mask):
-    def edges(x, t):  # right, left, below, above; one comparison at a time
-        x = 1 / np.maximum(x.astype(np.float64), 1e-6)
-        return [x[:, 1:] / x[:, :-1] > t, x[:, :-1] / x[:, 1:] > t,
-                x[1:] / x[:-1] > t, x[:-1] / x[1:] > t]
-
-    first_x, second_x, first_y, second_y = valid[:, :-1], valid[:, 1:], valid[:-1], valid[1:]
-    counts = {"pair": [first_x & second_x, first_x & second_x, first_y & second_y,
-                       first_y & second_y],
-              "owner": [first_x, second_x, first_y, second_y],
-              "none": [np.ones_like(x) for x in (first_x, first_x, first_y, first_y)]}[mask]
-    thresholds = np.linspace(1.05, 1.25, 10)
-    f1 = []
-    for t in thresholds:
-        recalls, precisions = [], []
-        for p, g, m in zip(edges(pred_m, t), edges(depth_m, t), counts):
-            p, g = p & m, g & m
-            recalls.append((p & g).sum() / max(g.sum(), 1))
-            precisions.append((p & g).sum() / max(p.sum(), 1))
-        r, p = np.mean(recalls), np.mean(precisions)
-        f1.append(0.0 if r + p == 0 else 2 * r * p / (r + p))
-    return np.sum(np.array(f1) * thresholds / thresholds.sum())
-
-
-def numpy_score(pred, depth_m, valid, space, min_depth, max_depth, negative, f1_mask):
-    pred_m = np.clip(numpy_align(pred, depth_m, valid, space, negative), min_depth, max_depth)
-    p, d = pred_m[valid], depth_m[valid].astype(np.float64)
-    e = np.log(p) - np.log(d)
-    ratio = np.maximum(p / d, d / p)
-    return {
-        "abs_rel": np.mean(np.abs(p - d) / d), "sq_rel": np.mean((p - d) ** 2 / d),
-        "rmse": np.sqrt(np.mean((p - d) ** 2)), "rmse_log": np.sqrt(np.mean(e**2)),
-        "log10": np.mean(np.abs(np.log10(p) - np.log10(d))),
-        "irmse": np.sqrt(np.mean((1 / p - 1 / d) ** 2)),
-        "silog": 100 * np.sqrt(np.mean(e**2) - np.mean(e) ** 2),
-        "delta1": np.mean(ratio < 1.25), "delta2": np.mean(ratio < 1.25**2),
-        "delta3": np.mean(ratio < 1.25**3),
-        "boundary_f1": numpy_f1(pred_m, depth_m, valid, f1_mask),
-    }
-
-
 # ---- pictures ----
-
-
-def boxes(height=61, width=83, holes=0.0, seed=0):
-    """A slanted wall with boxes before it (edges in all four directions): depth_m, valid."""
-    rng = np.random.default_rng(seed)
-    rows, cols = np.mgrid[:height, :width]
-    depth_m = 6 + 0.01 * cols + 0.004 * rows
-    for _ in range(6):
-        top, left = rng.integers(2, height - 22), rng.integers(2, width - 22)
-        box = np.s_[top : top + rng.integers(8, 20), left : left + rng.integers(8, 20)]
-        depth_m[box] = rng.uniform(1.5, 4.5)
-    valid = rng.random(depth_m.shape) >= holes
-    return np.where(valid, depth_m, 0).astype(np.float32), valid
-
-
-def in_space(depth_m, space):
-    return {"sqrt_disparity": depth_m**-0.5, "disparity": 1 / depth_m, "depth": depth_m}[space]
-
-
-def noisy(depth_m, space, seed=1):
-    """A bad prediction in [0,1] with exact zeros, as float32; holes are filled."""
-    rng = np.random.default_rng(seed)
-    x = in_space(np.where(depth_m > 0, depth_m, 5.0), space)
-    x = (x - x.min()) / (x.max() - x.min()) + 0.12 * rng.standard_normal(x.shape)
-    return x.clip(0, 1).astype(np.float32)
 
 
 def tensors(*arrays):

@@ -16,14 +16,11 @@ from PIL import Image
 import predict
 from data.images import read_rgb
 from evaluation.pictures import INVALID_COLOUR, colourise, comparison, font_size
-from engine import job
 from extras.pictures import MEANING, with_legend
 from miniature import embedded
 from nets.depthmaster import DepthMaster
-
-TINY = dict(vae=dict(channels=(8, 8, 8, 8), layers=1, groups=4),
-            unet=dict(channels=(16, 16), layers=1, attention=(False, True), heads=(1, 1),
-                      text_width=8, groups=4), train_size=(48, 64), processing_res=64)
+from tests import worlds
+from tests.worlds import photo, save_tiny
 
 
 FLOAT32 = ("--precision", "float32")  # not what is fast on the machine at hand
@@ -34,30 +31,8 @@ def ckpt(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
-def save_tiny(path, **changes):
-    """A random model of kind stage1 with small networks, as a file."""
-    torch.manual_seed(0)
-    model = DepthMaster(**TINY | changes)
-    model.kind = "stage1"
-    model.save(path)
-    return path
-
-
 def call(monkeypatch, *arguments):
-    """Runs the script in this process: the exit code."""
-    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-    try:
-        job.run(predict.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def photo(height, width, channels=3, seed=0):
-    """uint8 noise, smooth enough to survive JPEG."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, channels))
-    return np.kron(coarse, np.ones((8, 8, 1)))[:height, :width].astype(np.uint8)
+    return worlds.call(monkeypatch, predict, *arguments)
 
 
 def files_in(folder):

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_predict import photo, save_tiny
-from test_zeroshot import world_of, write
 
+import evaluate
+import train_stage1
 from data.loading import Checked, read_ahead
 from data.files import write_npy
 from data.hypersim import ProcessedHypersim
 from data.pairs import FolderOfPairs
 from data.training_set import TrainingSet
 from data.zeroshot import ZeroShot
-from tests.small_runs import SHORT, files  # noqa: F401
+from tests.worlds import SHORT, call, files, photo, save_tiny, world_of, write
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD = os.fsdecode(b"caf\xe9")  # Latin-1, as old archives unpack
@@ -152,7 +152,7 @@ def test_prepared_hypersim_behind_links(tmp_path):
     ("NAME", "test/kitchen_0004/rgb_0001"), ("pred_NAME", "test/kitchen_0004/pred_rgb_0001"),
     ("pred_NAME without rgb_", "test/kitchen_0004/pred_0001"),
     ("NAME_pred", "test/kitchen_0004/rgb_0001_pred")])
-def test_other_systems_names_are_known_and_counted(name, form, tmp_path):
+def test_other_systems_names_are_known_and_counted(name, form, tmp_path, monkeypatch, capsys):
     members, _, _ = world_of("nyu")
     folder = write(tmp_path / "root", members, "nyu_labeled_extracted.tar")
     reader = ZeroShot("nyu", folder)
@@ -163,8 +163,9 @@ def test_other_systems_names_are_known_and_counted(name, form, tmp_path):
         path = tmp_path / f"predictions/{place}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_npy(path, np.random.random(sample["depth"].shape[1:]).astype(np.float32))
-    code, _, said = run("evaluate.py", "--predictions", tmp_path / "predictions", "--data", folder,
-                        "--datasets", "nyu", "--out", tmp_path / "out")
+    code = call(monkeypatch, evaluate, "--predictions", tmp_path / "predictions", "--data", folder,
+                "--datasets", "nyu", "--out", tmp_path / "out")
+    said = capsys.readouterr().err
     assert code == 0, said
     assert ("are there under the names" in said) == (name != "NAME")
     assert name == "NAME" or f"names: {len(reader)} {name}." in said
@@ -172,18 +173,18 @@ def test_other_systems_names_are_known_and_counted(name, form, tmp_path):
     assert metrics["nyu"]["images"] == len(reader)
 
 
-def test_the_archive_itself_may_be_given(tmp_path):
+def test_the_archive_itself_may_be_given(tmp_path, monkeypatch, capsys):
     members, _, _ = world_of("nyu")
     folder = write(tmp_path / "root", members, "nyu_labeled_extracted.tar")
     archive = folder / "nyu_labeled_extracted.tar"
     renamed = tmp_path / "mine.tar"
     renamed.write_bytes(archive.read_bytes())
     for data, which in ((archive, ()), (archive, ("nyu",)), (renamed, ("nyu",))):
-        code, out, said = run("evaluate.py", "--data", data, "--preflight", "--workers", 0,
-                              *(("--datasets", *which) if which else ()))
-        assert code == 0 and out.startswith("nyu: "), said
-    code, _, said = run("evaluate.py", "--data", renamed, "--preflight")
-    assert code == 1 and "say which set it is with --datasets" in said
-    code, _, said = run("train_stage1.py", "--data", archive, "--sd2",
-                        ROOT / "weights/miniature_sd2.safetensors", "--out", tmp_path / "r")
-    assert code == 1 and "nyu_labeled_extracted.tar is a file: unpack it" in said
+        code = call(monkeypatch, evaluate, "--data", data, "--preflight", "--workers", 0,
+                    *(("--datasets", *which) if which else ()))
+        assert code == 0 and capsys.readouterr().out.startswith("nyu: ")
+    assert call(monkeypatch, evaluate, "--data", renamed, "--preflight") == 1
+    assert "say which set it is with --datasets" in capsys.readouterr().err
+    assert call(monkeypatch, train_stage1, "--data", archive, "--sd2",
+                ROOT / "weights/miniature_sd2.safetensors", "--out", tmp_path / "r") == 1
+    assert "nyu_labeled_extracted.tar is a file: unpack it" in capsys.readouterr().err

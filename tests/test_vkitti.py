@@ -8,31 +8,14 @@ import pytest
 
 from data.transforms import BadSample
 from data.vkitti import VirtualKITTI
-
-HEIGHT, WIDTH, CROP = 30, 53, (24, 40)
-
-
-def write_frame(root, trees=("", ""), scene="Scene02", variant="clone", camera=0, frame=0,
-                depth_cm=None):
-    """Returns image and depth (uint16 centimetres; by default 100 to 4999)."""
-    random = np.random.default_rng(frame)
-    image = random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    if depth_cm is None:
-        depth_cm = random.integers(100, 5000, (HEIGHT, WIDTH)).astype(np.uint16)
-    paths = [root / tree / scene / variant / "frames" / kind / f"Camera_{camera}" / file
-             for tree, kind, file in zip(trees, ("rgb", "depth"), (
-                 f"rgb_{frame:05d}.jpg", f"depth_{frame:05d}.png"))]
-    for path, array in zip(paths, (image, depth_cm)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(path, array)
-    return iio.imread(paths[0]), depth_cm
+from tests.worlds import CROP, HEIGHT, WIDTH, write_street
 
 
 @pytest.mark.parametrize("trees", [("", ""), ("rgb", "depth"),
                                    ("vkitti_2.0.3_rgb", "vkitti_2.0.3_depth")])
 def test_layouts_and_crop(tmp_path, trees):
-    write_frame(tmp_path, trees, frame=0)
-    image, depth_cm = write_frame(tmp_path, trees, frame=1)
+    write_street(tmp_path, trees, frame=0)
+    image, depth_cm = write_street(tmp_path, trees, frame=1)
     reader = VirtualKITTI(tmp_path, "train", crop=CROP)
     assert len(reader) == 2
     sample = reader[1]
@@ -48,7 +31,7 @@ def test_layouts_and_crop(tmp_path, trees):
 def test_sky_and_far_are_invalid_but_keep_their_value(tmp_path):
     depth_cm = np.full((HEIGHT, WIDTH), 300, np.uint16)
     depth_cm[10, 10:14] = 65535, 8000, 7999, 0
-    write_frame(tmp_path, depth_cm=depth_cm)
+    write_street(tmp_path, depth_cm=depth_cm)
     sample = VirtualKITTI(tmp_path, "train", crop=CROP)[0]
     assert sample["valid"][0, 4, 4:8].tolist() == [False, False, True, False]
     assert sample["depth"][0, 4, 4:8].tolist() == pytest.approx([655.35, 80, 79.99, 0])
@@ -60,7 +43,7 @@ def test_splits_by_rule(tmp_path):
             ("Scene01", "clone", 0), ("Scene01", "fog", 0), ("Scene02", "15-deg-left", 1),
             ("Scene02", "15-deg-right", 0), ("Scene02", "30-deg-left", 0), ("Scene02", "rain", 0),
             ("Scene06", "morning", 0), ("Scene18", "overcast", 1), ("Scene20", "sunset", 0)):
-        write_frame(tmp_path, scene=scene, variant=variant, camera=camera)
+        write_street(tmp_path, scene=scene, variant=variant, camera=camera)
     train, val = VirtualKITTI(tmp_path, "train"), VirtualKITTI(tmp_path, "val")
     assert [train.name(i).split("/")[:2] for i in range(len(train))] == [
         ["Scene02", "15-deg-left"], ["Scene02", "15-deg-right"], ["Scene06", "morning"],
@@ -90,7 +73,7 @@ def test_the_whole_data_set_has_the_published_lists(tmp_path):
 
 
 def test_bad_files_name_themselves(tmp_path):
-    write_frame(tmp_path)
+    write_street(tmp_path)
     reader = VirtualKITTI(tmp_path, "train", crop=CROP)
     image, depth = tmp_path / f"{reader.name(0)}.jpg", reader.depth_path(0)
     with pytest.raises(BadSample, match="depth_00000.png is 30x53, smaller than the crop 352x1216"):
@@ -115,7 +98,7 @@ def test_bad_files_name_themselves(tmp_path):
 def test_wrong_roots(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not Virtual KITTI 2"):
         VirtualKITTI(tmp_path)
-    write_frame(tmp_path)
+    write_street(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no val image"):
         VirtualKITTI(tmp_path, "val")
     with pytest.raises(ValueError, match="no split 'test'"):

@@ -7,86 +7,17 @@ import sys
 import tarfile
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
-from test_metrics import numpy_score
 
 import evaluate
 from data import zeroshot
 from data.archives import Tar
 from data.sources import BENCHMARKS, open_benchmark
 from data.transforms import BadSample
+from tests.worlds import SIZES, npy, numpy_score, png, world_of, write
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "diode" / "val"
-SIZES = {"nyu": (480, 640), "kitti": (375, 1242), "eth3d": (40, 60), "scannet": (48, 64),
-         "diode": (48, 64)}
-
-
-def png(array):
-    return iio.imwrite("<bytes>", array, extension=".png")
-
-
-def npy(array):
-    content = io.BytesIO()
-    np.save(content, array)
-    return content.getvalue()
-
-
-def world_of(name, seed=0):
-    """({name in the archive: bytes}, depth_m H,W, image H,W,3) of one image of a set."""
-    rng = np.random.default_rng(seed)
-    height, width = SIZES[name]
-    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    depth_m = rng.uniform(0.5, 12, (height, width)).astype(np.float32)
-    if name == "nyu":
-        depth_mm = np.round(1000 * depth_m).astype(np.uint16)
-        return {f"test/kitchen_0004/rgb_000{seed}.png": png(image),
-                f"test/kitchen_0004/depth_000{seed}.png": png(depth_mm),
-                f"test/kitchen_0004/filled_000{seed}.png": png(depth_mm),
-                f"train/kitchen_0001/rgb_000{seed}.png": png(image),
-                f"train/kitchen_0001/depth_000{seed}.png": png(depth_mm)}, depth_mm / 1000, image
-    if name == "kitti":
-        raw = np.round(256 * depth_m).astype(np.uint16)
-        raw[rng.random(raw.shape) < 0.7] = 0
-        drive = "2011_09_26_drive_0002_sync"
-        return {f"2011_09_26/{drive}/image_02/data/000000000{seed}.png": png(image),
-                f"2011_09_26/{drive}/image_02/data/000000007{seed}.png": png(image),  # no truth
-                f"{drive}/proj_depth/groundtruth/image_02/000000000{seed}.png": png(raw)
-                }, raw / 256, image
-    if name == "eth3d":
-        depth_m[rng.random(depth_m.shape) < 0.3] = np.inf
-        jpg = iio.imwrite("<bytes>", image, extension=".jpg", quality=95)
-        scene = "courtyard"
-        return {f"rgb/{scene}/images/dslr_images/DSC_028{seed}.JPG": jpg,
-                f"depth/{scene}_dslr_depth/{scene}/ground_truth_depth/dslr_images/"
-                f"DSC_028{seed}.JPG": depth_m.astype("<f4").tobytes()}, depth_m, iio.imread(jpg)
-    if name == "scannet":
-        depth_mm = np.round(1000 * depth_m).astype(np.uint16)
-        jpg = iio.imwrite("<bytes>", image, extension=".jpg", quality=95)
-        return {f"scene0568_00/color/00000{seed}.jpg": jpg,
-                f"scene0568_00/depth/00000{seed}.png": png(depth_mm)
-                }, depth_mm / 1000, iio.imread(jpg)
-    stem = f"indoors/scene_00019/scan_00183/00019_00183_indoors_150_00{seed}"
-    mask = (rng.random(depth_m.shape) > 0.2).astype(np.float64)
-    return {f"{stem}.png": png(image), f"{stem}_depth.npy": npy(depth_m[..., None]),
-            f"{stem}_depth_mask.npy": npy(mask)}, np.where(mask > 0, depth_m, np.nan), image
-
-
-def write(folder, members, tar=None):
-    """As a tar with ./ before the names, or as files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if tar:
-        with tarfile.open(folder / tar, "w") as archive:
-            for name, content in members.items():
-                entry = tarfile.TarInfo(f"./{name}")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-    else:
-        for name, content in members.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-    return folder
 
 
 def expected_mask(name, depth_m):

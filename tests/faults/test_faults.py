@@ -21,7 +21,7 @@ from tests.faults.harness import (
     skipped,
     start,
 )
-from tests.small_runs import CROP, SHORT, files, streets
+from tests.worlds import CROP, SHORT, files, streets
 from tests.test_hostile import mutations
 
 RUN = [*SHORT, "--validate-every", 999, "--save-every", 2, "--steps", 12]
