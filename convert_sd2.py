@@ -6,7 +6,7 @@
     python convert_sd2.py dinov2_vitg14_pretrain.pth  # -> weights/dinov2_vitg14.safetensors
     python convert_sd2.py runs/stage1/model.safetensors --export diffusers --out stage1_diffusers
 
-Every tensor of the source is accounted for; what the file is is told by its tensors.
+Every tensor of the source is accounted for; the tensors determine the kind of the source.
 """
 
 import signal
@@ -54,7 +54,7 @@ def main():
 
 
 def convert(path, out=None, dtype=torch.float32):
-    """Converts a file or folder of one of MODELS; the path of what was written."""
+    """Converts a file or folder of one of MODELS; returns the path of the written file."""
     source = open_source(path)
     report(source)
     check_out(out, source)
@@ -98,8 +98,8 @@ def assemble(source, path, dtype):
 def text_constant(source, path):
     """The empty prompt's embedding (tokens, width), and the model's other settings.
 
-    Computed in float32 from the text encoder, or read from the file that --export wrote, which
-    also knows the exported model's settings.
+    Computed in float32 from the text encoder, or read from the file that --export wrote; this
+    file also holds the exported model's settings.
     """
     if source.exported:
         config = model_file.read_header(source.exported)["config"]
@@ -130,7 +130,7 @@ def text_constant(source, path):
 
 
 def export(path, folder, dtype=torch.float32):
-    """Writes a model of this project as diffusers' folders; the path of the folder."""
+    """Writes a model of this project as diffusers' folders; returns the path of the folder."""
     terminal.check_folder(folder.parent, f"--out {folder}:")
     model = DepthMaster.from_file(path, dtype=dtype)
     write_diffusers(model, folder)
@@ -140,7 +140,7 @@ def export(path, folder, dtype=torch.float32):
 
 
 def report(source):
-    """Says what was found."""
+    """Prints the kind, parts, sizes and ignored tensors of the source."""
     what = f"An exported {source.kind} model" if source.exported else MODELS[source.kind]
     say(f"{what}: {source.layout}, {source.licence}")
     for part in source.parts.values():
@@ -162,7 +162,7 @@ def dinov2_name(source, width):
 
 
 def check_out(out, source):
-    """Before the work: refuses to write over the source, in the place of a folder, in a file."""
+    """Refuses, before the work, an `out` that is the source or a folder or lies inside a file."""
     if out is None:
         return
     terminal.check_folder(out.parent, f"--out {out}:")

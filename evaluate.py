@@ -43,7 +43,7 @@ from nets.inference import memory
 from nets.inference.precision import choose
 from storage import sha256
 
-# Table II's rows: time steps of the passes; i2l has none, there the autoencoder gets the truth.
+# Table II's rows: time steps of the passes; i2l: only the autoencoder, on the ground truth.
 PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": ()}
 
 
@@ -54,8 +54,8 @@ def options():
     source.add_argument("--ckpt", type=Path, help="model (.safetensors)")
     source.add_argument("--predictions", type=Path, metavar="DIR", help="saved predictions, as "
                         "DIR/SET/IMAGE.npy or .png (16 bit), IMAGE as in per_image.csv")
-    source.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="nothing: put "
-                        "finished evaluations (their --out) side by side")
+    source.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="compare "
+                        "finished evaluations (their --out folders), score nothing")
     add = parser.add_argument_group("on what").add_argument
     add("--data", type=Path, metavar="ROOT", help="folder of the sets")
     add("--datasets", nargs="+", choices=BENCHMARKS, metavar="SET",
@@ -111,7 +111,7 @@ def open_sets(root, names, vkitti_crop, hypersim_split, pairs):
 
 
 def model_predictor(model, processing_res, paradigm):
-    """samples of one size -> predictions, in one of the ways of PARADIGMS."""
+    """A function: samples of one size -> predictions, by one of PARADIGMS."""
     def of_images(samples):
         images = torch.stack([sample["image"] for sample in samples])
         return model.predict_batch(images, processing_res, PARADIGMS[paradigm])
@@ -125,16 +125,16 @@ def model_predictor(model, processing_res, paradigm):
 
 
 def saved_predictor(folder):
-    """samples -> their predictions in a folder."""
+    """A function: samples -> their saved predictions, read from a folder."""
     return lambda samples: [predictions.read_prediction(
         folder, sample["name"], sample["depth"].shape[1:], sample.get("uncropped"))
         for sample in samples]
 
 
 def state_of_weights(ckpt, before):
-    """The digest of a model's file, the same on all ranks; before: its state before it was read.
+    """The digest of a model's file, the same on all ranks; before: its `identity` before loading.
 
-    ValueError if another file has taken its place meanwhile.
+    Raises ValueError if the file was replaced meanwhile.
     """
     found = sha256(ckpt)
     if identity(ckpt) != before or job.agreed(found) != found:
@@ -143,7 +143,7 @@ def state_of_weights(ckpt, before):
 
 
 def identity(path):
-    """What tells a file from another one that takes its place."""
+    """Inode, size and modification time of a file: they differ if another file replaces it."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -163,7 +163,8 @@ def state_of_predictions(folder, keys):
 def open_journal(out, settings, columns, keys, ranks):
     """The journal in a folder, with the rows that an interrupted evaluation left there.
 
-    settings: what the rows depend on; columns: their scores; keys: the rows that there should be.
+    settings: all that the rows depend on; columns: names of the scores; keys: (set, image) of all
+    expected rows.
     """
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -184,16 +185,16 @@ def open_journal(out, settings, columns, keys, ranks):
 
 
 def summarise(rows, spaces, expected, asked, limit):
-    """Rows of the journal -> what metrics.json says of a set's images.
+    """Rows of the journal -> the entry of their set in metrics.json.
 
-    expected: how many images the set should have; asked: how many were asked for.
+    expected: number of images of the complete set; asked: number of images to score.
     """
     def found(space, prefix=""):
         unfitted = sum(space in row["unfitted"].split() for row in rows)
         scores = [{name: float(row[prefix + name]) for name in metrics.SCORES} for row in rows]
         return dict(unfitted=unfitted, **metrics.mean_scores(scores))
 
-    # The sizes of the truths: a boundary F1 means nothing without.
+    # The ground truth's sizes: without them a boundary F1 has no meaning.
     sizes = sorted({(int(row["height"]), int(row["width"])) for row in rows})
     sizes = [f"{height}x{width}" for height, width in sizes]
     return dict(images=len(rows), expected_images=expected, limit=limit, skipped=asked - len(rows),
@@ -230,7 +231,7 @@ def main():
         if model.kind == "sd2":
             say(f"warning: {ckpt} was never trained for depth; its scores mean nothing.")
         model.for_inference(ranks.device, args.precision, PARADIGMS[args.paradigm])
-    # Saved predictions are read one by one, so that a bad file is alone.
+    # Saved predictions are read one by one, so that a bad file affects no other image.
     batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
     args.align = args.align or (model.target if model else "sqrt_disparity")
     spaces = [args.align, *(s for s in metrics.SPACES if s != args.align and not model)]
@@ -238,7 +239,7 @@ def main():
     keys = [(name, reader.name(index)) for name, reader in sets
             for index in range(len(reader))[:args.limit]]
 
-    # What the rows depend on.
+    # All that the rows depend on.
     settings = {name: str(getattr(args, name)) for name in (
         "data", "align", "align_negative", "f1_mask", "depth_scale", "max_depth", "resize_depth",
         "exif", "vkitti_crop", "hypersim_split")}
@@ -263,7 +264,7 @@ def main():
         images = [reader.name(index) for index in range(len(reader))[:args.limit]]
         done = {image for image in images if (name, image) in journal.rows
                 and (not args.report or has_pictures(args.out, name, image))}
-        # What is predicted together does not depend on what was done before an interruption.
+        # An interruption does not change which images are predicted together.
         chunks = [range(first, min(first + batch, len(images)))
                   for first in range(0, len(images), batch)]
         chunks = [chunk for chunk in chunks[ranks.rank::ranks.world]
@@ -285,7 +286,7 @@ def main():
                 bar.update(image.image not in done)
         job.wait()
         if ranks.first:
-            check_settings(args.out, settings)  # in a folder without locks another may be at work
+            check_settings(args.out, settings)  # without file locks, another run may use the folder
             journal.merge(keys)
             rows = [row for key, row in journal.rows.items() if key[0] == name]
             if not rows:
@@ -295,8 +296,8 @@ def main():
                 processing_res=longest, precision=model and str(model.dtype).split(".")[1],
                 paradigm=args.paradigm if model else None, align=args.align,
                 align_negative=args.align_negative, f1_mask=args.f1_mask)
-            write_metrics(args.out, results)  # after each set: a later one may fail
-        job.wait()  # the ranks' files are gone before the next set's rows are written
+            write_metrics(args.out, results)  # after each set: a later set may fail
+        job.wait()  # merge removes the ranks' files before they write the next set's rows
     if ranks.first:
         tell("\n".join(table(results)))
         say(f"Written: {args.out / 'metrics.json'} and {args.out / 'per_image.csv'}.")

@@ -27,15 +27,15 @@ MIN_DISPARITY = 1e-3  # 1/m: an aligned prediction is never farther than 1 km
 def align(pred, depth_m, valid, space, negative="clamp", fit=None):
     """A prediction in `space`, up to scale and shift -> depth in metres, float64, same shape.
 
-    pred may also be an array, as `DepthMaster.predict` returns it. The fit takes the valid pixels
-    and, in the two disparity spaces, of these the ones predicted above 0: an exact 0 was clipped
-    there and could be anything farther. Where the prediction cannot fix scale and shift (fewer than
-    two such pixels, or all of the same value), the result is the flat map at the mean of the truth
-    in `space` over the valid pixels. In the depth space the result may be 0 or negative; `score`
-    clips it to the data set's range.
-    negative: what becomes of a square-root disparity below 0: `clamp` makes it 0 (far), `square`
-    squares it, which turns it near again (what the released code does).
-    fit: what `fit_scale_shift` gave for these; None: it is asked.
+    pred may also be an array, as from `DepthMaster.predict`. The fit uses the valid pixels; in the
+    two disparity spaces only those predicted above 0, because an exact 0 was clipped and may stand
+    for any farther depth. If the prediction does not determine scale and shift (fewer than two such
+    pixels, or all of one value), the result is the flat map at the mean of the truth in `space`
+    over the valid pixels. In the depth space the result may be 0 or negative; `score` clips it to
+    the data set's range.
+    negative: treatment of a square-root disparity below 0: `clamp` makes it 0 (far), `square`
+    squares it, which makes it near again (as in the released code).
+    fit: the result of `fit_scale_shift` for these inputs; None: computed here.
     """
     _check_choice("space", space, SPACES)
     _check_choice("negative", negative, NEGATIVE)
@@ -46,7 +46,7 @@ def align(pred, depth_m, valid, space, negative="clamp", fit=None):
         fit = fit_scale_shift(pred, depth_m, valid, space) or flat(depth_m, valid, space)
     scale, shift = fit
     aligned = pred.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    for (block,) in _blocks(aligned):  # views of it
+    for (block,) in _blocks(aligned):  # views, changed in place
         block.mul_(scale).add_(shift)
         if space == "sqrt_disparity":
             # Deviation: clamped by default, not squared.
@@ -62,9 +62,9 @@ def flat(depth_m, valid, space):
 
 
 def fit_scale_shift(pred, depth_m, valid, space):
-    """Least squares of scale * pred + shift to the truth in `space`; None if not both are fixed.
+    """Least squares of scale * pred + shift to the truth in `space`; None if undetermined.
 
-    That is so with fewer than two pixels to fit and with a constant prediction.
+    Scale and shift are undetermined with fewer than two pixels to fit or a constant prediction.
     """
     parts = []
     # One pixel's values are subtracted from all: products of nearly equal numbers lose digits.
@@ -83,10 +83,10 @@ def fit_scale_shift(pred, depth_m, valid, space):
     if not parts:
         return None
     count, sum_p, sum_t, sum_pp, sum_pt = torch.stack(parts).sum(dim=0).tolist()
-    if sum_pp == 0:  # all have the value of the first
+    if sum_pp == 0:  # all pixels have the same value
         return None
     scale = (sum_pt - sum_p * sum_t / count) / (sum_pp - sum_p * sum_p / count)
-    if not math.isfinite(scale):  # of values so large that their squares are no numbers
+    if not math.isfinite(scale):  # the squares of very large values overflow
         return None
     origin_p, origin_t = (value.item() for value in origin)
     return scale, origin_t + sum_t / count - scale * (origin_p + sum_p / count)
@@ -124,8 +124,8 @@ def pixel_scores(pred_m, depth_m, valid=None):
 
 
 def _sums(p, d, valid):
-    """Of a block: what the means and roots of `pixel_scores` are made of, float64, 11."""
-    # Where nothing is known both are 1 m, so that every error there is 0.
+    """The 11 sums over a block, float64, from which `pixel_scores` computes its scores."""
+    # Invalid pixels become 1 m in both maps, so that every error there is 0.
     p, d = (torch.where(valid, x.double(), 1.0) for x in (p, d))
     ratio = p / d
     worst = torch.div(d, p).clamp_(min=ratio)
@@ -172,11 +172,11 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
     # Of the four directions: to the right (0), down (1), to the left (2), up (3).
     direction = (second - first == width).long()
     direction = torch.cat([direction, direction + 2])
-    # How many t the ratio of a pair is above.
+    # The number of t that the ratio of a pair exceeds.
     pairs = [[_near(x.index_select(0, at)) for at in (first, second)] for x in maps]
     steps_p, steps_d = (torch.bucketize(torch.cat([b / a, a / b]), t) for a, b in pairs)
     if valid is not None:
-        # Deviation: by default both pixels must be valid, not the pair's own alone.
+        # Deviation: by default both pixels must be valid, not the owner alone.
         a, b = (valid.index_select(0, at) for at in (first, second))
         counts = torch.cat([a, b] if mask == "owner" else [a & b, a & b])
         steps_p, steps_d = steps_p * counts, steps_d * counts
@@ -189,10 +189,10 @@ def boundary_f1(pred_m, depth_m, valid=None, mask="pair"):
 
 
 def _possible_edges(maps, width):
-    """Where flat maps may change by a factor of 1.05: pixels i whose neighbour on the right, i + 1,
-    is so different in one of them, and those whose neighbour below is, i + width.
+    """Pixels i that differ by about a factor of 1.05 from a neighbour in any map -> (right, below).
 
-    Few pixels lie at an edge: this rough look in float32 saves the exact one for all the rest.
+    right: the neighbour is i + 1; below: the neighbour is i + width. The maps are flat. Few pixels
+    lie at an edge: this rough test in float32 saves the exact test for all other pixels.
     """
     factor, count = 1.05 - 1e-5, len(maps[0])
     rows = max(1, (BLOCK if maps[0].device.type == "cpu" else count) // width) * width
@@ -214,7 +214,7 @@ def _near(x_m):
 
 
 def _edges_above(steps, direction):
-    """How many of ten t each pair is above, and its direction, N -> pairs above each t, 4,10."""
+    """Number of the ten t that each pair exceeds, its direction, N -> pairs above each t, 4,10."""
     per_step = torch.bincount(11 * direction + steps, minlength=44).view(4, 11)
     return per_step.flip(1).cumsum(1)[:, :-1].flip(1).double()
 

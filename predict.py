@@ -63,7 +63,7 @@ def options():
 def find_pictures(inputs, out):
     """Pictures and folders -> {path relative to its input, without suffix: path of the picture}.
 
-    What lies in `out` inside of a folder (earlier predictions) is passed over. Raises
+    Files in `out` (earlier predictions) are skipped if `out` is inside an input folder. Raises
     FileNotFoundError for an input that is not there or holds no picture, and ValueError if two
     pictures have the same relative path.
     """
@@ -109,13 +109,13 @@ def plan_outputs(pictures, out, save):
 
 
 def open_model(path, device, precision):
-    """The model at a path, ready to predict; says what one should know of its results."""
+    """The model at a path, ready to predict; prints warnings about the meaning of its results."""
     precision, why = choose(precision, device)
     model = DepthMaster.from_file(path, device, getattr(torch, precision))
     say(why)
     if model.kind == "sd2":
         say(f"warning: {path} was never trained for depth; its results mean nothing.")
-    if model.target != "sqrt_disparity":  # Deviation: released, there is no other target
+    if model.target != "sqrt_disparity":  # Deviation: the released code has no other target
         say(f"{path} predicts {model.target}: converted to square-root disparity as if the "
                    f"farthest point were {FAR_TO_NEAR} times as far as the nearest.")
     return model.for_inference(device, precision)
@@ -125,9 +125,9 @@ def open_model(path, device, precision):
 
 
 def read_ahead(pool, pictures, count):
-    """(name, image uint8 H,W,3 or the error that reading it gave), of {name: path}, in order.
+    """{name: path} -> (name, image uint8 H,W,3 or the error from reading it), in order.
 
-    `count` pictures are read by the pool before they are asked for.
+    The pool reads up to `count` pictures ahead.
     """
     coming = deque()
     for name, path in pictures.items():
@@ -140,9 +140,9 @@ def read_ahead(pool, pictures, count):
 
 
 def batches(images, size):
-    """(name, image) pairs -> lists of at most `size` that follow each other and are equally large.
+    """(name, image) pairs -> lists of at most `size` consecutive pairs with images of one size.
 
-    A pair with an error in place of the image is alone.
+    A pair with an error in place of the image forms a list of its own.
     """
     batch = []
     for name, image in images:
@@ -166,9 +166,9 @@ def predict(model, images, processing_res):
 
 
 def predict_all(model, pictures, outputs, processing_res, batch):
-    """Predicts {name: path} into {name: files}; what can't be used is said. Paths of those.
+    """Predicts {name: path} into {name: files}; reports unusable pictures, returns their paths.
 
-    Pictures are decoded and results written in the background, a few ahead and a few behind.
+    Threads decode the next few pictures and write the last few results in the background.
     """
     failed, writing = [], deque()
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(pictures), unit="picture",
@@ -196,7 +196,7 @@ def predict_all(model, pictures, outputs, processing_res, batch):
 
 
 def unwritten(path, task):
-    """[path] of a picture whose results can't have the names that they would have, said; or []."""
+    """Waits for a writing task: [], or [path] and a message if its file names are not possible."""
     try:
         task.result()
     except ValueError as error:
@@ -208,8 +208,8 @@ def unwritten(path, task):
 def to_sqrt_disparity(x, target):
     """x float32 in [0,1] in the space `target` -> square-root disparity in [0,1], 1 = near.
 
-    From another space this needs the ratio of farthest to nearest depth, which nobody knows:
-    FAR_TO_NEAR stands in for it.
+    Another space needs the ratio of the farthest to the nearest depth. It is unknown: FAR_TO_NEAR
+    is assumed.
     """
     if target == "sqrt_disparity":
         return x

@@ -1,4 +1,4 @@
-"""Files and folders, for every part of the project: found, known again, written whole."""
+"""Files and folders, for the whole project: search, identification and complete writing."""
 
 import codecs
 import errno
@@ -23,7 +23,7 @@ LARGEST = 1 << 26  # bytes of a table, or of a file of settings
 
 
 def check_file(path, largest=None):
-    """ValueError unless a path is a file, of `largest` bytes at most: pipes may have no end."""
+    """ValueError unless a path is a file of at most `largest` bytes: a pipe may never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is not a file, but a folder, a pipe or a device.")
@@ -33,23 +33,23 @@ def check_file(path, largest=None):
 
 
 def read_text(path):
-    """The text of a small file; what is no UTF-8 in it is kept, as in names of files."""
+    """The text of a small file; bytes that are not UTF-8 are kept, as in file names."""
     check_file(path, LARGEST)
     return Path(path).read_bytes().decode(errors="surrogateescape")
 
 
 @contextmanager
 def whole(path, lasting=False):
-    """The name to write a file under first; it takes its own when it is whole.
+    """Yields a temporary path to write to; then renames the complete file to `path`.
 
-    lasting: it survives a power failure, too. OSError that names the file if there is no room.
-    Other processes may write the same file.
+    lasting: the file also survives a power failure. Raises an OSError that names the file if it
+    can't be written. Other processes may write the same file.
     """
     path = Path(path)
     remove_leftovers(path.parent)
-    name = zlib.crc32(os.fsencode(path.name))  # short, as the file's own may be as long as can be
+    name = zlib.crc32(os.fsencode(path.name))  # short: path.name may have the maximum length
     temporary = path.with_name(f".{MACHINE}-{os.getpid()}-{name:08x}.tmp")
-    temporary.unlink(missing_ok=True)  # what is there may be a link to elsewhere
+    temporary.unlink(missing_ok=True)  # it may be a link to another place
     try:
         yield temporary
         if lasting:
@@ -75,21 +75,21 @@ def cant_write(path, error):
 
 @lru_cache(maxsize=None)
 def remove_leftovers(folder):
-    """Removes what processes of this machine that were killed have left in a folder half-written.
+    """Removes the incomplete files that killed processes of this machine left in a folder.
 
-    Once for each folder; by `whole`, before it writes there.
+    `whole` calls it before it writes; it runs only once for each folder.
     """
     for path in folder.glob(f".{MACHINE}-*-*.tmp") if os.name != "nt" else ():
         try:
             os.kill(int(path.name.split("-")[1]), 0)
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except (ValueError, OSError):  # another's
+        except (ValueError, OSError):  # another user's process or file
             pass
 
 
 def append(path, text):
-    """Adds lines to a file, at once. OSError that names the file if there is no room."""
+    """Appends lines to a file at once. Raises an OSError that names the file on failure."""
     try:
         with open(path, "ab") as file:
             file.write(text.encode(errors="surrogateescape"))
@@ -98,14 +98,14 @@ def append(path, text):
 
 
 def write_text(path, text, lasting=False):
-    """Writes a text, whole or not at all; names of files in it may be no UTF-8."""
+    """Writes a text, whole or not at all; file names in it need not be valid UTF-8."""
     with whole(path, lasting) as temporary:
         temporary.write_bytes(text.encode(errors="surrogateescape"))
 
 
 def sync(path):
     """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # which opens no folders, and syncs only what it writes
+    if os.name == "nt":  # Windows can't open folders, and syncs only files opened to write
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -122,10 +122,10 @@ def sha256(path):
 
 
 def walk(folder, above=()):
-    """The files below a folder: paths relative to it, with /, those of a folder in order.
+    """Yields the files below a folder as relative paths with /, sorted within each folder.
 
-    Links are followed, but not into a folder that one is in. Names that begin with a dot are
-    passed over: systems leave such files behind (.DS_Store, ._a.png).
+    Links are followed, except to a folder that contains the link (`above`). Names that begin with a
+    dot are skipped: operating systems leave such files behind (.DS_Store, ._a.png).
     """
     if not os.path.isdir(folder):
         return
@@ -140,7 +140,7 @@ def walk(folder, above=()):
         return
     nowhere = []
     for entry in entries:
-        linked = entry.is_symlink()  # then it may lead anywhere, or nowhere
+        linked = entry.is_symlink()  # to a file or a folder, or broken
         if entry.name.startswith("."):
             continue
         if os.path.isfile(entry.path) if linked else entry.is_file():
@@ -155,25 +155,25 @@ def walk(folder, above=()):
 
 
 def compressed(path):
-    """Whether a .zip has files that have to be unpacked; PyTorch's have none."""
+    """Whether a .zip contains compressed files; PyTorch's .zip files contain none."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(entry.compress_type for entry in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return False  # damaged: who reads it will say so
+        return False  # damaged: the code that reads the file reports it
 
 
 def first_bytes(path):
-    """Of a file, 100."""
+    """The first 100 bytes of a file."""
     check_file(path)
     with open(path, "rb") as file:
         return file.read(100)
 
 
 def stand_in(path, head=None):
-    """What a file is that lies where another one should, in words; None: not known.
+    """Says that a Git LFS pointer or a web page was saved in place of the file; None: neither.
 
-    head: its first bytes, if they were read before.
+    head: the file's first bytes, if already read.
     """
     head = (first_bytes(path) if head is None else head).removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith(b"version https://git-lfs"):

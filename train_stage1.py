@@ -66,7 +66,7 @@ class Stage1(nn.Module):
             self.adapter = FeatureAdapter(self.unet.feature_channels(align_at), teacher.width)
 
     def forward(self, batch):
-        """batch: what the readers give, or what `frozen` made of it."""
+        """batch: a batch of samples, or the output of `frozen` for it (from the cache)."""
         fixed = batch if "z_image" in batch else self.frozen(batch)
         z_pred, feature = self.unet(fixed["z_image"].float(), self.align_at)  # B,4,h,w; B,C,h',w'
         losses = {"latent": latent_loss(z_pred, fixed["z_target"], fixed["cells"])}
@@ -77,7 +77,7 @@ class Stage1(nn.Module):
 
     @torch.no_grad()
     def frozen(self, batch):
-        """What the frozen networks say, the same each time a sample comes.
+        """The outputs of the frozen networks, the same each time a sample is drawn.
 
         batch: image uint8 B,3,H,W; target B,1,H,W in [-1,1]; valid bool B,1,H,W ->
         z_image, z_target B,4,h,w; cells B,1,h,w; tokens B,N,D at the aligned feature's size.
@@ -100,7 +100,7 @@ class Stage1(nn.Module):
         return resize_tokens(tokens, grid, size)
 
     def activation_bytes(self, samples, size, dtype):
-        """What a micro-batch of a size (height, width) keeps for the backward pass, in bytes."""
+        """Bytes that a micro-batch of a size (height, width) keeps for the backward pass."""
         device = self.unet.conv_in.weight.device
 
         def forward(side):
@@ -137,7 +137,7 @@ def options():
 
 
 def teacher_file(sd2, dinov2):
-    """The encoder's file; FileNotFoundError if it is not there. Small weights have a small one."""
+    """The encoder's file, else the small one beside small SD2 weights, else FileNotFoundError."""
     small = sd2.with_name(sd2.name.replace("_sd2", "_dinov2"))
     if not dinov2.exists() and small != sd2 and small.exists():
         return small
@@ -147,9 +147,9 @@ def teacher_file(sd2, dinov2):
 
 
 def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, workers, ranks):
-    """The training set with what the frozen networks make of it, computed first where absent.
+    """The training set of the frozen networks' outputs; missing outputs are computed first.
 
-    settings, files: what that depends on besides the data's place and size.
+    settings, files: all that the outputs depend on besides the data's paths and sizes.
     """
     roots = [source.root.resolve() for source in training_set.sources]
     places = [(str(root), size) for root, size in zip(roots, training_set.sizes)]
@@ -163,7 +163,7 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
             return objective.frozen(to_device(batch, ranks.device))
 
     fill(training_set, frozen, kept_dtype, workers, ranks.rank, ranks.world)
-    objective.teacher = None  # all is said; the autoencoder still validates
+    objective.teacher = None  # not used any more; validation still uses the autoencoder
     job.wait()
     return training_set
 
@@ -221,7 +221,7 @@ def main():
         training_set = cached(training_set, objective, args.cache, settings, files, dtype,
                               getattr(torch, args.cache_precision), args.workers, ranks)
     if args.compile:
-        objective.unet.compile(dynamic=False)  # anew for each size
+        objective.unet.compile(dynamic=False)  # compiled again for each size
 
     log = run_folder.Log(args.out, first, ranks)
 
@@ -229,7 +229,7 @@ def main():
         if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
             check(model, held_out, args.validate_images, dtype, args.out, done, log)
 
-    if first and not log.has_validation(first):  # killed between the save and this
+    if first and not log.has_validation(first):  # a run was killed after saving, before validating
         validate(first)
     sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
@@ -243,12 +243,12 @@ def main():
             outcome = optimizer_step(
                 runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
                 ranks, dtype, args.clip_gradient, watch)
-            done = step + 1 if outcome else step  # None: asked to leave in the middle
+            done = step + 1 if outcome else step  # None: asked to leave in mid-step
             last = done == args.steps
             if outcome:
                 progress.report(done, outcome, rate)
             leave, save = watch.agree()
-            due = done % args.save_every == 0 and not progress.bad  # not amid steps gone wrong
+            due = done % args.save_every == 0 and not progress.bad  # not after a bad step
             if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, trained, optimizer, model)
             if leave:

@@ -56,13 +56,13 @@ class Stage2(nn.Module):
             z_image = self.model.vae.encode(batch["image"].float() / 127.5 - 1)
         z_pred, _ = self.model.unet(z_image.float())
         pred = self.model.decode_depth(z_pred)  # B,1,8h,8w, not clipped
-        height, width = pred.shape[2:]  # less than H, W where these are no multiples of 8
+        height, width = pred.shape[2:]  # below H, W if these are not multiples of 8
         target, valid = (batch[name][:, :, :height, :width] for name in ("target", "valid"))
         return {"pixel": pixel_loss(pred, target, valid),
                 "gradient": gradient_loss(pred, target, valid)}
 
     def activation_bytes(self, samples, size, dtype):
-        """What a micro-batch of a size (height, width) keeps for the backward pass, in bytes."""
+        """Bytes that a micro-batch of a size (height, width) keeps for the backward pass."""
         device = self.model.unet.conv_in.weight.device
 
         def forward(side):
@@ -147,7 +147,7 @@ def main():
                                 content, args.accept_changes)
     first = run_folder.resume(args.out, state, model.unet, optimizer, args.steps, model)
     if args.compile:
-        model.unet.compile(dynamic=False)  # anew for each size; the Fourier block stays outside
+        model.unet.compile(dynamic=False)  # compiled again for each size, without the Fourier block
 
     log = run_folder.Log(args.out, first, ranks)
 
@@ -155,7 +155,7 @@ def main():
         if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
             check(model, held_out, args.validate_images, dtype, args.out, done, log)
 
-    if first and not log.has_validation(first):  # killed between the save and this
+    if first and not log.has_validation(first):  # a run was killed after saving, before validating
         validate(first)
     sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
@@ -169,12 +169,12 @@ def main():
             outcome = optimizer_step(
                 runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
                 ranks, dtype, args.clip_gradient, watch)
-            done = step + 1 if outcome else step  # None: asked to leave in the middle
+            done = step + 1 if outcome else step  # None: asked to leave in mid-step
             last = done == args.steps
             if outcome:
                 progress.report(done, outcome, rate)
             leave, save = watch.agree()
-            due = done % args.save_every == 0 and not progress.bad  # not amid steps gone wrong
+            due = done % args.save_every == 0 and not progress.bad  # not after a bad step
             if ranks.first and (last or leave or save or due):
                 run_folder.save(args.out, done, model.unet, optimizer, model)
             if leave:

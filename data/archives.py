@@ -1,4 +1,4 @@
-"""A folder or a .tar that is read in place, both as a table of relative names and contents."""
+"""Read a folder or a .tar in place: both map relative file names to file contents."""
 
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -29,8 +29,8 @@ class Folder:
 class Tar:
     """The plain files of an uncompressed .tar, found by reading its headers once.
 
-    Each reading opens it anew, so one object serves several processes and threads. Links, devices,
-    names that begin with a dot or lead out of the archive are left out; nothing is ever unpacked.
+    Each read opens the archive again, so processes and threads can share one object. Links, devices
+    and names that begin with a dot or lead out of the archive are left out. Nothing is unpacked.
     Raises ValueError if the archive is truncated or compressed.
     """
 
@@ -64,7 +64,7 @@ def index(path):
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                hidden = any(part.startswith(".") for part in name.parts)  # .. as well
+                hidden = any(part.startswith(".") for part in name.parts)  # excludes .. too
                 if not member.isreg() or name.is_absolute() or hidden:
                     continue
                 if member.issparse():
@@ -73,7 +73,7 @@ def index(path):
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"{name} is cut off")
                 spans[str(name)] = member.offset_data, member.size
-            # tarfile also stops, without a word, at a header that is cut off or damaged.
+            # At a truncated or damaged header tarfile only stops reading: it raises no error.
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"its end is missing after {len(spans)} files")
@@ -84,10 +84,10 @@ def index(path):
 
 
 def open_tree(folder, tar):
-    """What a set's folder holds: the archive of this name, or else its extracted content.
+    """The Tar named `tar` in a data set's folder or, if it is absent, the extracted Folder.
 
-    The content may lie in the folder itself or in a folder named like the archive. In place of the
-    folder an archive may be given, whatever its name.
+    The extracted files lie in `folder` itself or in a subfolder named like the archive. `folder`
+    may also be the path of an archive with any name.
     """
     folder = Path(folder)
     if folder.is_file():

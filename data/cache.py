@@ -1,11 +1,11 @@
-"""What frozen networks make of the training samples, computed once and kept on disk.
+"""The outputs of the frozen networks for the training samples, computed once and kept on disk.
 
-An image comes back many times in a training, in two flips; the frozen networks say the same each
-time. `fill` asks them once per sample and flip; `CachedTrainingSet` then reads entries in place of
-samples, in the same order. An entry is one file, complete or absent; what was made from another
-model, target or size lies in another folder, named by a fingerprint. What all will take is known
-from the first one. Pictures are trusted to stay as they are, but those that could not be read are
-tried again by each run.
+A training run reads each image many times, in two flips; the frozen networks' outputs are the same
+each time. `fill` computes them once per sample and flip; `CachedTrainingSet` then reads these
+entries instead of samples, in the same order. An entry is one file, complete or absent. Entries of
+another model, target or size lie in another folder, named by a fingerprint. The first entry's size
+gives an estimate of the whole cache's size. Picture files are assumed not to change, but each run
+tries the unreadable ones again.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ from storage import read_text, sha256, whole, write_text
 
 log = logging.getLogger(__name__)
 
-# In place of an entry: why the sample can't be used, or why it is left out on purpose.
+# Suffixes of text files that replace an entry and hold the reason: a bad or a filtered sample.
 REASONS = {".bad": BadSample, ".filtered": FilteredSample}
-BLOCK = 4096  # bytes, of which files take whole ones
+BLOCK = 4096  # bytes of a disk block; a file occupies whole blocks
 LONGEST_NAME = 200  # bytes of an entry's name
-CHECKSUM = "crc32"  # an entry's last tensor
+CHECKSUM = "crc32"  # name of the additional tensor in each entry
 
 
 def fingerprint(settings, files):
-    """A name for what entries depend on: plain settings (a dict) and the contents of files."""
+    """A name from all that entries depend on: plain settings (a dict) and the contents of files."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in files:
         digest.update(bytes.fromhex(sha256(path)))
@@ -46,14 +46,14 @@ def fingerprint(settings, files):
 
 
 class CachedTrainingSet(TrainingSet):
-    """A training set whose samples are the cache's entries: dicts of what `frozen` returned."""
+    """A training set whose samples are cache entries: dicts of the outputs of `frozen`."""
 
     def __init__(self, training_set, folder):
         vars(self).update(vars(training_set))
         self.folder = Path(folder)
 
     def entry(self, number, index, flip):
-        """The file of a sample, without suffix; number: the source's."""
+        """The path of a sample's entry, without suffix; number: the source's number."""
         name = self.sources[number].name(index).replace("%", "%25").replace("/", "%2F")
         if len(whole_name := os.fsencode(name)) > LONGEST_NAME:
             name = hashlib.sha256(whole_name).hexdigest()
@@ -74,7 +74,7 @@ class CachedTrainingSet(TrainingSet):
 
 
 def read_entry(path):
-    """{name: tensor} of an entry. ValueError if a bit of it is not as it was written."""
+    """{name: tensor} of an entry. Raises ValueError if even one bit of the file has changed."""
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -90,7 +90,7 @@ def write_entry(path, tensors):
 
 
 def checksum(tensors):
-    """Of names, types, shapes and values: int64 1."""
+    """The CRC-32 of the tensors' names, types, shapes and values: int64 of shape (1,)."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
@@ -99,19 +99,20 @@ def checksum(tensors):
 
 
 class Entries(Dataset):
-    """A rank's share of the entries: (entry, batch, error, damaged).
+    """A rank's share of the entries, as (path without suffix, batch, error, damaged).
 
-    batch: of one that is missing or damaged, the raw sample as a micro-batch of one; error: why it
-    can't be used. Both are None for what is there.
+    For a missing or damaged entry, batch is the raw sample as a micro-batch of one; if the sample
+    can't be used, error is its BadSample instead. For an intact entry both are None. damaged: the
+    entry's file exists, but does not fit its checksum.
     """
 
     def __init__(self, cached, rank, world):
         self.cached = cached
-        self.todo = []  # (source, index, flip, whether it is there)
+        self.todo = []  # (source, index, flip, whether the file exists)
         for number, source in enumerate(cached.sources):
             (cached.folder / str(number)).mkdir(parents=True, exist_ok=True)
             done = set(os.listdir(cached.folder / str(number)))
-            # Each rank has its share of all samples, whatever the others have done meanwhile.
+            # A share depends only on the indices, not on entries that other ranks write meanwhile.
             for index in range(rank, len(source), world):
                 for flip in (False, True):
                     name = cached.entry(number, index, flip).name
@@ -128,7 +129,7 @@ class Entries(Dataset):
         try:
             if there and read_entry(f"{entry}.safetensors"):
                 return entry, None, None, False
-        except ValueError:  # as a power failure leaves them
+        except ValueError:  # for example, damaged by a power failure
             pass
         try:
             sample = TrainingSet.prepared(self.cached, number, index, flip)
@@ -137,7 +138,7 @@ class Entries(Dataset):
         return entry, collate([dict(sample, replaced=[])]), None, there
 
     def bytes_like(self, place, tensors):
-        """What the entries that are missing take, if the one at `place` is these tensors."""
+        """Estimates the bytes of all missing entries from the tensors of the entry at `place`."""
         areas = [math.prod(size) for size in self.cached.sizes]
         per_pixel = sum(tensor.nbytes for tensor in tensors.values()) / areas[self.todo[place][0]]
         blocks = [per_pixel * area // BLOCK + 1 for area in areas]  # of each source's entries
@@ -145,14 +146,14 @@ class Entries(Dataset):
 
 
 def fill(cached, frozen, dtype, workers, rank=0, world=1):
-    """Computes the entries that are absent or damaged; each rank its share.
+    """Computes the missing and damaged entries; each rank computes its share.
 
-    frozen(batch) -> {name: tensor of batch 1}; floating-point tensors are kept in dtype. OSError if
-    they would not fit on the disk: told after the first of them.
+    frozen(batch) -> {name: tensor of batch size 1}; floating-point tensors are stored in dtype.
+    Raises OSError, after the first entry is computed, if all entries would not fit on the disk.
     """
     entries = Entries(cached, rank, world)
     rows = read_ahead(entries, workers, batch_size=None)
-    sized, mended = rank > 0, 0  # the first rank speaks for all of the size
+    sized, mended = rank > 0, 0  # only rank 0 checks the size, for all ranks
     for place, (entry, batch, error, damaged) in enumerate(
             tqdm(rows, desc="filling the cache", disable=rank > 0, total=len(entries))):
         mended += damaged
@@ -175,7 +176,7 @@ def fill(cached, frozen, dtype, workers, rank=0, world=1):
 
 
 def check_room(folder, needed):
-    """Says what the cache will take; OSError if there is not so much."""
+    """Logs how many bytes the cache will take; raises OSError if the disk has fewer free bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"the cache in {folder} would take {needed:,} bytes more, {free:,} are free: "

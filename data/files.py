@@ -1,7 +1,7 @@
 """Decode one file into an array, or raise a BadSample that names the file and the reason.
 
-A file may be anything: nothing in it is ever executed, and no more is decoded than an array of
-1 GiB or a table of 64 MiB and 200 columns. (Pictures: data/images.py.)
+Files are not trusted: nothing in them is executed, and an array above 1 GiB or a table above
+64 MiB or 200 columns is refused. (Pictures: data/images.py.)
 """
 
 import csv
@@ -23,14 +23,14 @@ from storage import LARGEST, check_file, stand_in, whole
 MAX_BYTES = 2**30  # of an array
 MAX_CHUNKS = 100_000  # of a data set in HDF5
 MAX_COLUMNS, MAX_ENTRIES = 200, 10_000_000  # of a table
-# How many times its size a chunk of an HDF5 file can unpack to, by filter.
+# Largest ratio of unpacked to packed size of a chunk in an HDF5 file, by filter.
 EXPANSION = {h5py.h5z.FILTER_DEFLATE: 1040, h5py.h5z.FILTER_LZF: 100}
 HARMLESS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 
 @contextmanager
 def blame(path):
-    """Whatever goes wrong inside is the fault of the file at `path`, and says so."""
+    """Turns every error inside the block into a BadSample that names the file at `path`."""
     try:
         if os.path.exists(path):
             check_file(path)
@@ -66,7 +66,7 @@ def read_hdf5(path, key="dataset"):
             raise BadSample(f"{path} holds an empty data set.")
         if data.external or data.is_virtual:
             raise BadSample(f"{path} keeps its values in other files, which are not read.")
-        if data.dtype.hasobject:  # of variable length: a million values can be one and the same
+        if data.dtype.hasobject:  # references and strings: nbytes does not count their values
             raise BadSample(f"{path} holds {data.dtype}, not numbers.")
         check_bytes(path, data.nbytes)
         check_chunks(path, data)
@@ -74,7 +74,7 @@ def read_hdf5(path, key="dataset"):
 
 
 def check_chunks(path, data):
-    """BadSample for chunks that unpack to more than they should: HDF5 unpacks without a limit."""
+    """BadSample if a chunk unpacks to more than its declared size: HDF5 itself has no limit."""
     if data.chunks is None:
         return
     room = math.prod(data.chunks) * data.dtype.itemsize
@@ -91,7 +91,7 @@ def check_chunks(path, data):
     chunks = []
     data.id.chunk_iter(chunks.append)
     for chunk in chunks if packers else []:
-        fits = chunk.size < 1.1 * room + 1000  # what can't be packed grows a little
+        fits = chunk.size < 1.1 * room + 1000  # incompressible data grow a little
         if fits and chunk.size * EXPANSION[packers[0]] > MAX_BYTES and not chunk.filter_mask:
             fits = packers[0] == h5py.h5z.FILTER_DEFLATE and unpacks_within(
                 data.id.read_direct_chunk(chunk.chunk_offset)[1], room)
@@ -106,7 +106,7 @@ def unpacks_within(packed, limit):
 def read_npy(path, content=None):
     """An .npy file -> its array; content: its bytes, if they were read before."""
     with blame(path):
-        if content is None:  # mapped, a header that promises more than there is is found out
+        if content is None:  # mapping fails if the header claims more bytes than the file has
             values = np.load(path, mmap_mode="r", allow_pickle=False)
             check_bytes(path, values.nbytes)
             return np.array(values)
@@ -133,10 +133,10 @@ def check_bytes(path, count):
 
 
 def read_table(path):
-    """The rows of a CSV file as dicts. Raises ValueError if it is none, or beyond the limits.
+    """The rows of a CSV file as dicts. Raises ValueError if it is no CSV or exceeds the limits.
 
-    As spreadsheets write it: UTF-8 with or without its mark, commas, semicolons or tabs, spaces
-    around what they separate. Names of files may be no UTF-8.
+    Accepts the variants that spreadsheets write: UTF-8 with or without a byte order mark; commas,
+    semicolons or tabs between entries; spaces around entries. File names need not be valid UTF-8.
     """
     rows = []
     check_file(path, LARGEST)
@@ -144,20 +144,20 @@ def read_table(path):
         try:
             heading = file.readline()
             if "\0" in heading:
-                raise csv.Error("it is no text in UTF-8, which is")
+                raise csv.Error("it is not a text file")
             table = csv.DictReader(chain([heading], file), skipinitialspace=True,
                                    delimiter=max(",;\t", key=heading.count))
             table.fieldnames = [name.strip() for name in table.fieldnames or ()]
             columns = len(table.fieldnames)
             if columns > MAX_COLUMNS:
-                raise csv.Error(f"up to {MAX_COLUMNS} columns are")
+                raise csv.Error(f"it has more than {MAX_COLUMNS} columns")
             for row in table:
                 rows.append({name: value.strip() if isinstance(value, str) else value
                              for name, value in row.items()})
-                if len(rows) * columns > MAX_ENTRIES:  # a row may lack most of its columns
-                    raise csv.Error(f"up to {MAX_ENTRIES:,} entries are")
+                if len(rows) * columns > MAX_ENTRIES:  # short rows are filled up to all columns
+                    raise csv.Error(f"it has more than {MAX_ENTRIES:,} entries")
         except csv.Error as error:
-            raise ValueError(f"{path} is not a table that can be read ({error}): get it again or "
+            raise ValueError(f"{path} can't be read as a table ({error}): get it again or "
                              "write it anew.") from error
     return rows
 

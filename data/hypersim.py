@@ -1,4 +1,4 @@
-"""Hypersim (Roberts et al., ICCV 2021): the raw release, and the processed form of the field."""
+"""Hypersim (Roberts et al., ICCV 2021): the raw release, and the commonly used PNG pairs."""
 
 import logging
 import re
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 SPLIT_CSV = "metadata_images_split_scene_v1.csv"
 SPLITS = ("train", "val", "test")
 SCENE, CAMERA = r"ai_\d{3}_\d{3}", r"cam_\d{2}"
-# Frames on the lists that the field trains and tests on (Ke et al., Marigold).
+# Number of frames in the commonly used split lists (Ke et al., Marigold).
 PUBLISHED_COUNTS = {"train": 53_885, "val": 7_370, "test": 7_682}
 # Deviation: Marigold's thresholds for training frames, not lists of files.
 MIN_DEPTH_RANGE_M, MIN_RGB_RANGE, MAX_NO_OBJECT_SHARE = 0.5, 10, 0.03
@@ -26,15 +26,15 @@ MIN_DEPTH_RANGE_M, MIN_RGB_RANGE, MAX_NO_OBJECT_SHARE = 0.5, 10, 0.03
 class Hypersim:
     """The raw release: HDF5 files of linear colour, distance and entity ids, and the split table.
 
-    The frames are those of the split that the table lists as public and whose distance is on
-    disk. With metadata_camera_parameters.csv in the root, planar depth uses the scene's own rays.
+    The frames: those of the split that the table lists as public and that have a distance file on
+    disk. If the root has metadata_camera_parameters.csv, planar depth uses each scene's own rays.
     """
 
-    benchmark = "hypersim"  # in data/sources.py
-    exif = "auto"  # as in data/files.py
+    benchmark = "hypersim"  # key of BENCHMARKS in data/sources.py
+    exif = "auto"  # as for read_rgb in data/images.py
 
     def __init__(self, root, split="train", filter=None):
-        """filter: leave out what Marigold's thresholds reject; by default for training only.
+        """filter: leave out frames that Marigold's thresholds reject; default: only for training.
 
         Raises FileNotFoundError if the split table is absent or none of its frames is on disk.
         """
@@ -56,7 +56,7 @@ class Hypersim:
                         "such as %s.", root, len(self.lacking), len(self), self.lacking[0])
 
     def _frames_with_color(self):
-        """For each frame, whether color.hdf5 is there; says how many have only the preview."""
+        """For each frame, whether color.hdf5 exists; logs how many frames have only the preview."""
         paths = [self._path(i, "final_hdf5", "color.hdf5") for i in range(len(self))]
         with_color = are_present(paths)
         if not all(with_color):
@@ -136,7 +136,7 @@ def public_frames(root, split):
 
 
 def keep_present(root, frames, split):
-    """The frames whose distance is on disk; says how many are not, raises if none is."""
+    """The frames with a distance file on disk; logs how many lack it, raises if all lack it."""
     paths = geometry_paths(root, frames, "depth_meters")
     present = [frame for frame, there in zip(frames, are_present(paths)) if there]
     if not present:
@@ -155,7 +155,7 @@ def geometry_paths(root, frames, kind):
 
 
 def are_present(paths):
-    """[bool] for each path. Reads each folder once: on a file server that is much faster."""
+    """Whether each path exists: [bool]. Lists each folder once, much faster on a file server."""
     names = {}
     for folder in {path.parent for path in paths}:
         names[folder] = set(walk(folder))
@@ -163,7 +163,7 @@ def are_present(paths):
 
 
 def check_array(path, array, kind, dimensions):
-    """Raises BadSample unless the array is of this kind of number and H,W (2) or H,W,3 (3)."""
+    """Raises BadSample unless the dtype is of this kind and the shape is H,W (2) or H,W,3 (3)."""
     shape_is_right = array.ndim == dimensions and (dimensions == 2 or array.shape[2] == 3)
     if not np.issubdtype(array.dtype, kind) or not shape_is_right:
         wanted = "H,W" if dimensions == 2 else "H,W,3"
@@ -188,7 +188,7 @@ def tone_map(color, on_object):
 def exposure(color, on_object):
     """The factor on linear colour that brings its 90th percentile on objects to 0.8^2.2.
 
-    An overflow (inf) counts as bright, as in Hypersim's own tool; NaN counts as nothing.
+    An overflow (inf) counts as bright, as in Hypersim's own tool; NaN is ignored.
     """
     red, green, blue = np.moveaxis(color[on_object].astype(np.float32), -1, 0)
     brightness = 0.3 * red + 0.59 * green + 0.11 * blue
@@ -218,13 +218,13 @@ def apply_filter(path, image, depth_m, valid, on_object):
 class ProcessedHypersim:
     """Pairs of PNG: rgb_cam_XX_frIIII.png and depth_plane_cam_XX_frIIII.png (uint16 millimetres).
 
-    They are looked for under ROOT/SPLIT or, if ROOT has no folder named like a split, in all of
-    ROOT. 0 means no depth. The files hold no entity ids, so the filter's share of pixels
-    without an object is that of pixels without depth.
+    Pairs are searched below ROOT/SPLIT or, if ROOT has no folder named like a split, below ROOT.
+    0 means no depth. The files hold no entity ids, so the filter uses the share of pixels without
+    depth in place of the share of pixels without an object.
     """
 
-    benchmark = "hypersim"  # in data/sources.py
-    exif = "auto"  # as in data/files.py
+    benchmark = "hypersim"  # key of BENCHMARKS in data/sources.py
+    exif = "auto"  # as for read_rgb in data/images.py
 
     def __init__(self, root, split="train", filter=None):
         """filter: as for Hypersim. Raises FileNotFoundError if there is no pair."""

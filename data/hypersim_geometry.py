@@ -52,8 +52,8 @@ def planar_per_distance(height, width, cam_from_uv=None):
 def planar_depth(distance_m, entity_id, cam_from_uv=None):
     """Distance along the ray H,W and entity ids H,W -> (planar depth float32 H,W, valid bool H,W).
 
-    Valid: on an object (the id is neither -1 nor 0, which Hypersim uses for nothing as well),
-    finite, and between 1e-5 and 65 m. Outside the mask the depth is whatever the file says.
+    Valid: on an object (the id is neither -1 nor 0: Hypersim uses both for pixels without object),
+    finite, and between 1e-5 and 65 m. Invalid pixels keep the value computed from the file.
     """
     ratio = planar_per_distance(*distance_m.shape, cam_from_uv)
     depth_m = distance_m.astype(np.float32) * ratio

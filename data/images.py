@@ -1,7 +1,7 @@
 """Decode one picture file, or raise a BadSample that names the file and the reason.
 
-`read_rgb` is what a picture is as RGB, for predictions and for every data set; `read_picture` the
-numbers in it, for depth maps. No more is decoded than Pillow's limit of 179 million pixels.
+`read_rgb` returns a picture as RGB, for predictions and for every data set; `read_picture` returns
+the stored numbers, for depth maps. Pictures above Pillow's limit of 179 million pixels are refused.
 """
 
 import io
@@ -18,31 +18,31 @@ from storage import first_bytes, stand_in
 
 log = logging.getLogger(__name__)
 
-# Of Pillow's formats: for others it may start programs. PPM stands for PFM, too, JPEG for MPO.
+# Only these: for some other formats Pillow starts programs. PPM includes PFM, JPEG includes MPO.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "GIF")
 PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff",
-            ".ppm", ".pgm", ".avif", ".gif", ".heic", ".heif")  # endings of their names
+            ".ppm", ".pgm", ".avif", ".gif", ".heic", ".heif")  # suffixes of picture files
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
                         Image.Transpose.ROTATE_90), start=2))  # by EXIF's orientation
 BACK = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
-        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}  # the others undo themselves
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}  # the others are their own inverse
 SIDEWAYS = {TURNS[number] for number in (5, 6, 7, 8)}
 BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # tags of TIFF
-MAX_SCANS = 100  # of a JPEG; programs write 10 or so
-STRETCHED = set()  # numbers of bits of which it was said
-# Of a PNG's texts and colour profile, which nothing here looks at, unpacked (Pillow's own: 1 MiB).
+MAX_SCANS = 100  # of a JPEG; usual programs write about 10
+STRETCHED = set()  # numbers of bits for which the warning was logged
+# Limit in bytes for a PNG's unpacked texts and colour profile, unused here (Pillow's own: 1 MiB).
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
 
 
 def open_picture(path, content=None):
-    """Pillow's picture of a file, of which only the beginning was read; raises BadSample.
+    """Opens a file with Pillow, which reads only the header at first; raises BadSample.
 
-    content: its bytes, if they were read before. What it is is told by its content.
+    content: the file's bytes, if already read. The bytes, not the name, determine the format.
     """
-    # Pillow warns of half of what it refuses.
+    # Pillow warns above half the number of pixels that it refuses.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         picture = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
@@ -62,7 +62,7 @@ def open_picture(path, content=None):
 
 
 def check_scans(path, content):
-    """BadSample for a progressive JPEG of many scans, each of which is decoded in full size."""
+    """BadSample if a progressive JPEG has many scans: each scan is decoded in full size."""
     scans = (Path(path).read_bytes() if content is None else content).count(b"\xff\xda")
     if scans > MAX_SCANS:
         raise BadSample(f"{path} is a JPEG of {scans:,} scans, and no more than {MAX_SCANS} are "
@@ -70,7 +70,7 @@ def check_scans(path, content):
 
 
 def open_heic(path, content):
-    """As `open_picture`, where the library is installed."""
+    """Opens a HEIC picture with Pillow; raises BadSample if pillow-heif is not installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -81,8 +81,8 @@ def open_heic(path, content):
 
 
 def allow_pixels(count):
-    """Lets pictures have up to so many pixels, in this process."""
-    Image.MAX_IMAGE_PIXELS = (count + 1) // 2  # Pillow refuses above twice as many
+    """Sets the largest number of pixels that a picture may have, in this process."""
+    Image.MAX_IMAGE_PIXELS = (count + 1) // 2  # Pillow refuses above twice this number
 
 
 def read_picture(path, content=None):
@@ -93,13 +93,13 @@ def read_picture(path, content=None):
 
 
 def read_rgb(path, content=None, exif="apply", size=None):
-    """A picture -> uint8 H,W,3, whatever kind its file is. Raises BadSample.
+    """A picture of any kind -> uint8 H,W,3. Raises BadSample.
 
     Palettes, CMYK and the like become RGB, grey is repeated, transparency is dropped, 16 bits
-    become 8, of several frames the first is taken.
-    exif: what is done where EXIF says that the picture was taken sideways or upside down: `apply`
-    turns it upright, `ignore` leaves it; `auto` does what makes it fit a depth map of `size`
-    (height, width), and refuses it where both would.
+    become 8; a file with several frames gives its first frame.
+    exif: how to treat a picture that is sideways or upside down according to EXIF. `apply` turns it
+    upright, `ignore` does not turn it. `auto` chooses the one of both that fits a depth map of
+    `size` (height, width), and refuses the picture if both fit.
     """
     with blame(path), open_picture(path, content) as picture:
         check_tiff(path, picture)
@@ -117,7 +117,7 @@ def read_rgb(path, content=None, exif="apply", size=None):
 
 
 def check_tiff(path, picture):
-    """BadSample for a TIFF of 16 bits whose layout Pillow takes for another one."""
+    """BadSample if a 16-bit TIFF has a layout that Pillow misreads."""
     if picture.format != "TIFF":
         return
     tags = picture.tag_v2
@@ -128,24 +128,24 @@ def check_tiff(path, picture):
 
 
 def as_stored(picture):
-    """The picture as its file has it, and how it is to be turned by EXIF (`orientation`)."""
+    """The picture as stored, not turned, and the turn that its EXIF asks for (`orientation`)."""
     turned = orientation(picture) if picture.format == "TIFF" else None
     picture.load()
-    if turned is not None:  # by Pillow, of this format alone
+    if turned is not None:  # loading turned it (Pillow does so only for TIFF): undo that
         return picture.transpose(BACK.get(turned, turned)), turned
     return picture, orientation(picture)
 
 
 def orientation(picture):
-    """How EXIF says that an image is to be turned, for Pillow's `transpose`; None: not at all."""
-    try:  # what is in EXIF may be anything
+    """The turn that EXIF asks for, as argument of Pillow's `transpose`; None: no turn."""
+    try:  # EXIF data may be malformed
         return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
     except Exception:
         return None
 
 
 def fitting_exif(path, picture, turn, size):
-    """`apply` or `ignore`, by which a picture fits its depth map's size (height, width)."""
+    """Chooses `apply` or `ignore` so that a picture fits its depth map's size (height, width)."""
     width, height = picture.size
     if turn not in SIDEWAYS or width == height or size[0] == size[1]:
         raise BadSample(f"{path} is turned by its EXIF orientation, and its size does not tell "
@@ -154,7 +154,7 @@ def fitting_exif(path, picture, turn, size):
 
 
 def eight_bits(path, grey):
-    """Grey of 16 bits H,W -> uint8; if its values take 8, 10, 12 or 14 bits, they are all of it."""
+    """16-bit grey H,W -> uint8; values of 8, 10, 12 or 14 bits are stretched to full range."""
     if grey.min() < 0 or grey.max() > 65535:
         raise BadSample(f"{path} holds numbers from {grey.min()} to {grey.max()}, not grey of 16 "
                         "bits: save it as 8-bit RGB.")

@@ -1,4 +1,4 @@
-"""Reading ahead in processes: any data set, a reader's samples in lists, a check of all samples."""
+"""Worker processes read ahead: any data set, samples in chunks, or a check of all samples."""
 
 import atexit
 import multiprocessing
@@ -15,23 +15,24 @@ from tqdm import tqdm
 
 from data.transforms import FilteredSample
 
-SHARED, ROOM = "/dev/shm", 4 << 30  # bytes that are enough for all that workers read ahead
-LONGEST_WAIT = 600  # seconds without a sample, before something must be wrong
-LOOK_AFTER = 5  # seconds without a sample, before a loader looks whether its workers are alive
+SHARED, ROOM = "/dev/shm", 4 << 30  # bytes; enough for all batches read ahead
+LONGEST_WAIT = 600  # seconds without a sample until reading fails
+LOOK_AFTER = 5  # seconds without a sample until a loader checks that its workers are alive
 TIMED_OUT = "DataLoader timed out"
 DEAD = r"DataLoader worker .*(exited unexpectedly|is killed by signal)"
 
 
 def read_ahead(dataset, workers, collate_fn=default_convert, **options):
-    """What a DataLoader with these options yields; a worker's error becomes one sentence.
+    """Yields the batches of a DataLoader with these options; shortens a worker's error message.
 
-    dataset: gets a `reading`, a Reading that it may note its samples in, for a worker that dies.
+    dataset: its attribute `reading` is set to a Reading. The data set may note each sample's name
+    there: if a worker dies, the error message gives the noted names.
     """
-    if not hasattr(signal, "SIGCHLD"):  # Windows: what tells of a worker's end is not there
+    if not hasattr(signal, "SIGCHLD"):  # Windows has no signal for a worker's end
         workers = 0
     dataset.reading = Reading(workers)
-    # Workers hand tensors over in shared memory. In a container it may be full at once, and then
-    # nothing would ever come: so they are sent as plain bytes, which costs a copy.
+    # Workers pass tensors through shared memory. In a container it may be too small, and the loader
+    # would wait for ever. Then tensors are sent as plain bytes, at the cost of a copy.
     plain = bool(workers) and os.path.isdir(SHARED) and shutil.disk_usage(SHARED).free < ROOM
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=leave_signals_to_the_parent,
                         collate_fn=partial(as_arrays, collate_fn) if plain else collate_fn,
@@ -39,8 +40,8 @@ def read_ahead(dataset, workers, collate_fn=default_convert, **options):
     try:
         atexit.register(end_readers)
         batches = iter(loader)
-        # For a worker that dies, torch raises wherever the program is at that moment. Without its
-        # handler the loader notices, when its next batch is wanted.
+        # When a worker dies, torch's signal handler raises in any line of the main program.
+        # Without the handler, the loader raises when the next batch is requested.
         if workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from map(as_tensors, patient(batches)) if plain else patient(batches)
@@ -54,14 +55,14 @@ def read_ahead(dataset, workers, collate_fn=default_convert, **options):
             raise
         raise ValueError(f"a process that reads data died (out of memory?) while the processes "
                          f"read {names}: look at these, or use fewer --workers.") from error
-    except (ValueError, OSError) as error:  # a worker's comes with its traceback
+    except (ValueError, OSError) as error:  # a worker's message includes its traceback
         last_line = str(error).rstrip().split("\n")[-1]
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(re.sub(r"^\w+Error: ", "", last_line)) from error
 
 
 def patient(batches):
-    """What a loader with a timeout yields, which may take up to LONGEST_WAIT each."""
+    """Yields a loader's batches; ignores its timeouts up to LONGEST_WAIT seconds per batch."""
     waited = 0
     while True:
         try:
@@ -78,7 +79,7 @@ def patient(batches):
 
 
 def as_arrays(collate, samples):
-    """What collate makes of samples, its tensors as arrays, which are sent as plain bytes."""
+    """The collated samples with arrays in place of tensors: arrays are sent as plain bytes."""
     return converted(collate(samples), torch.Tensor, torch.Tensor.numpy)
 
 
@@ -87,7 +88,7 @@ def as_tensors(batch):
 
 
 def converted(value, kind, function):
-    """Dicts, lists and tuples with the function applied to what is of this kind in them."""
+    """Applies the function to all values of this kind inside dicts, lists and tuples."""
     if isinstance(value, dict):
         return {key: converted(part, kind, function) for key, part in value.items()}
     if type(value) in (list, tuple):
@@ -96,13 +97,13 @@ def converted(value, kind, function):
 
 
 def leave_signals_to_the_parent(worker):
-    """A scheduler or a terminal may signal the workers, too: they end when their parent does."""
+    """A worker ignores the signals of schedulers and terminals: it ends with its parent."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_readers():
-    """Ends the workers that are left at exit, where Python's way is SIGTERM and to wait."""
+    """Kills the remaining workers at exit: Python would send SIGTERM, which they ignore."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -125,7 +126,7 @@ class Reading:
 
 
 class Chunks(Dataset):
-    """The samples of each chunk of indices, as a list; of one that can't be read, the reason."""
+    """A list of samples for each chunk of indices; an unreadable sample is dict(name, reason)."""
 
     def __init__(self, reader, chunks):
         self.reader, self.chunks = reader, chunks
@@ -145,7 +146,7 @@ class Chunks(Dataset):
 
 
 class Checked(Dataset):
-    """For each sample (name, what is wrong with it or None, `bad`, `filtered` or `doubtful`)."""
+    """For each sample (name, reason or None, kind); kind: `bad`, `filtered` or `doubtful`."""
 
     def __init__(self, reader):
         self.reader = reader
@@ -164,9 +165,9 @@ class Checked(Dataset):
 
 
 def preflight(readers, workers, tell):
-    """Opens every sample of {what: reader} and tells what is wrong, a line each.
+    """Opens every sample of {title: reader}, and reports each problem on a line of its own.
 
-    ValueError if anything is.
+    Raises ValueError if a sample is bad.
     """
     total = 0
     for what, reader in readers.items():

@@ -27,12 +27,12 @@ PAIRS_CSV = "pairs.csv"
 MIN_DEPTH_M = 1e-5
 DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".pfm", ".hdf5", ".h5", ".tif", ".tiff")
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
-MANY, FAR_M = 0.01, 1000.0  # share of a map, metres: what makes one doubt a map's numbers
+MANY, FAR_M = 0.01, 1000.0  # share of a map's pixels, metres: `doubt` reports a map above them
 SAME_SHAPE = 0.02  # by how much a depth map's aspect ratio may differ from its image's
 
 
 def add_pair_options(add):
-    """The options of a folder of pairs, which `pair_options` reads; add: parser.add_argument."""
+    """Adds the options of a folder of pairs for `pair_options`; add: parser.add_argument."""
     add("--depth-scale", type=above_0, default=1000.0, metavar="N",
         help="of pairs in files of integers (16-bit PNG): units per metre (1000)")
     add("--max-depth", type=above_0, metavar="M",
@@ -64,18 +64,18 @@ class FolderOfPairs:
     """Pairs of an image and a planar depth map of the same size.
 
     Depth maps are 16-bit PNG or another file of integers, in units of 1/depth_scale metres, or
-    floating-point .npy, .npz, .pfm, .tif or .hdf5 in metres. 0, negative numbers, NaN and inf stand
-    for pixels without depth, as does what is above max_depth (metres; None: nothing is).
+    floating-point .npy, .npz, .pfm, .tif or .hdf5 in metres. A pixel without depth is 0, negative,
+    NaN, inf or above max_depth (metres; None: no limit).
     """
 
-    benchmark = "pairs"  # in data/sources.py
-    expected = None  # how many pairs there should be is known to their owner only
+    benchmark = "pairs"  # key of BENCHMARKS in data/sources.py
+    expected = None  # only the owner knows the complete number of pairs
 
     def __init__(self, root, depth_scale=1000.0, max_depth=None, resize_depth=None, exif="auto"):
         """resize_depth: `nearest` brings a depth map to the image's size, None refuses it;
-        exif: as in data/files.py.
+        exif: as for read_rgb in data/images.py.
 
-        Raises FileNotFoundError if there is no pair, ValueError if pairs can't be told.
+        Raises FileNotFoundError if there is no pair, ValueError if the pairing is ambiguous.
         """
         if not depth_scale > 0:
             raise ValueError(f"the depth scale is {depth_scale}, but it must be above 0.")
@@ -84,7 +84,7 @@ class FolderOfPairs:
         self.resize_depth, self.exif = resize_depth, exif
         listed = os.path.lexists(self.root / PAIRS_CSV)
         self.pairs = read_pairs_csv(self.root) if listed else match_by_stem(self.root)
-        self.warned = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any process that reads
+        self.warned = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any worker
 
     def __len__(self):
         return len(self.pairs)
@@ -108,7 +108,7 @@ class FolderOfPairs:
         return dict(sample, doubt=reason)
 
     def resized(self, depth_m, size, path):
-        """A depth map at the size of its image, by the nearest pixel; BadSample unless asked."""
+        """A depth map at its image's size, by the nearest pixel; BadSample without resize_depth."""
         shapes = depth_m.shape[0] * size[1], depth_m.shape[1] * size[0]
         if self.resize_depth and abs(shapes[0] - shapes[1]) > SAME_SHAPE * shapes[0]:
             raise BadSample(f"{path} is {depth_m.shape[0]}x{depth_m.shape[1]}, which is of another "
@@ -122,11 +122,11 @@ class FolderOfPairs:
 
 
 def doubt(depth_m, valid):
-    """Why the numbers of a depth map H,W may be no metres, as a sentence without end, or None."""
+    """Why a depth map H,W may not hold metres, as a sentence without full stop, or None."""
     values = depth_m[valid]
     largest = values.max()
     count, rest = np.count_nonzero(values == largest), values[values < largest]
-    # A wall or a sensor's limit is where depth goes on: the next number is not far.
+    # For a wall or a sensor's limit, the next smaller depth is near; for a fill value it is not.
     if count > max(MANY * depth_m.size, 1) and rest.size and largest > (1 + MANY) * rest.max():
         return (f"{count / depth_m.size:.0%} of the pixels have one and the same depth, "
                 f"{largest:g} m: if it stands for no depth, give --max-depth {rest.max():.4g} or "
@@ -169,7 +169,7 @@ def read_pairs_csv(root):
 
 
 def match_by_stem(root):
-    """[(image, depth)] of rgb/ and depth/ whose paths agree but for the suffix, sorted."""
+    """[(image, depth)] of files in rgb/ and depth/ with equal paths without suffix, sorted."""
     images, no_images = files_by_stem(root / "rgb", PICTURES)
     depth_maps, no_maps = files_by_stem(root / "depth", DEPTH_SUFFIXES)
     stems = sorted(images.keys() & depth_maps.keys())
@@ -194,7 +194,7 @@ def match_by_stem(root):
 
 
 def describe_passed_over(paths):
-    """What to say of files that are of no kind that is read."""
+    """The message about files of unsupported kinds."""
     kinds = Counter(PurePosixPath(path).suffix.lower() or "none" for path in paths)
     kinds = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(5))
     return (f"{len(paths)} files are of no kind that is read here and are passed over, such as "
@@ -228,7 +228,7 @@ def read_depth(path, depth_scale=1000.0):
     if values.dtype == np.uint8:
         raise BadSample(f"{path} holds 8-bit numbers, which can't be depth in metres or "
                         "millimetres: write it as 16-bit PNG or float .npy.")
-    with np.errstate(over="ignore"):  # 1e300 stands for no depth
+    with np.errstate(over="ignore"):  # 1e300 becomes inf: no depth
         depth_m = values.astype(np.float32)
     return depth_m if values.dtype.kind == "f" else depth_m / np.float32(depth_scale)
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "dropped.csv"
 COLUMNS = ("split", "frame", "kind", "reason")
-FILTERED, BAD = "filtered", "bad"  # what `kind` may be
+FILTERED, BAD = "filtered", "bad"  # the values of `kind`
 
 
 def main(argv=None):
@@ -50,7 +50,7 @@ def main(argv=None):
 
 
 def prepare(raw, out, splits, workers):
-    """Converts what isn't converted yet, writes the report and prints the counts."""
+    """Converts the remaining frames, writes the report and prints the counts."""
     if raw.resolve() == out.resolve():
         raise ValueError(f"{out} is the raw data set itself; give another folder to write to.")
     readers = open_splits(raw, splits)
@@ -65,7 +65,7 @@ def prepare(raw, out, splits, workers):
         dropped.pop((split, frame), None)
         if kind:
             dropped[split, frame] = (kind, reason)
-            append(out / REPORT, as_csv([(split, frame, kind, reason)]))  # a killed run keeps it
+            append(out / REPORT, as_csv([(split, frame, kind, reason)]))  # saved if killed
     write_report(out, dropped)
     print_counts(readers, dropped, pairs, are_finished(out, readers, pairs))
 
@@ -86,9 +86,10 @@ def open_splits(raw, splits):
 
 
 class Conversion(Dataset):
-    """Reading item j converts frame todo[j]: (split, frame, kind, reason); kind "" if written.
+    """Item j converts frame todo[j] and is (split, frame, kind, reason); kind "" if written.
 
-    A data set, because a DataLoader is a pool of processes that gets the index of frames only once.
+    It is a Dataset so that a DataLoader can serve as a process pool: it copies the list of
+    frames to each worker only once.
     """
 
     def __init__(self, readers, out, todo):
@@ -108,7 +109,7 @@ class Conversion(Dataset):
             return split, reader.name(i), kind, str(error)
         image = self.out / image_file(split, reader, i)
         image.parent.mkdir(parents=True, exist_ok=True)
-        # The image comes last: a pair without one is not finished, and no reader looks at it.
+        # The image is written last: a pair without an image is unfinished, and readers ignore it.
         write_png(depth_of(str(image)), to_millimetres(sample["depth"], sample["valid"]))
         write_png(image, sample["image"].numpy().transpose(1, 2, 0))
         return split, reader.name(i), "", ""
@@ -141,7 +142,7 @@ def read_report(out):
     if not (out / REPORT).exists():
         return {}
     lines = csv.reader(io.StringIO(read_text(out / REPORT), newline=""))
-    rows = [row for row in lines if len(row) == len(COLUMNS)]  # a cut line is no row
+    rows = [row for row in lines if len(row) == len(COLUMNS)]  # skip cut-off lines
     return {(split, frame): (kind, reason) for split, frame, kind, reason in rows
             if kind in (FILTERED, BAD)}
 

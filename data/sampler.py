@@ -1,9 +1,9 @@
 """Which sample is drawn when: pure functions of (seed, step).
 
-A step has `batch` places; place number k = step * batch + place counts them through the whole
-training. A place draws its data set and its flip, and reads entry k of that data set's own
-endless shuffled order. Nothing else decides, so neither the number of GPUs, workers and
-micro-batches nor a restart changes what a step trains on, and resuming needs only the step.
+A step has `batch` places; k = step * batch + place numbers all places of the training. A place
+draws its data set and its flip, and reads entry k of that data set's own endless shuffled order.
+Nothing else has an influence: the samples of a step do not depend on restarts or on the number of
+GPUs, workers and micro-batches, and resuming needs only the step.
 """
 
 from functools import lru_cache
@@ -43,16 +43,16 @@ def shuffled(seed, source, epoch, length):
 def shuffled_index(seed, source, length, k):
     """Entry k of the endless shuffled order of data set `source`, which has `length` samples.
 
-    Every data set has an entry for every k; the entries whose place drew another one are skipped.
+    Every data set has an entry for every k; entry k is skipped if place k drew another data set.
     """
     epoch, position = divmod(k, length)
     return int(shuffled(seed, source, epoch, length)[position])
 
 
 def replacements(seed, source, length, k):
-    """The endless row of samples that stand in for entry k of data set `source`.
+    """The endless sequence of indices that replace entry k of data set `source`.
 
-    From a stream of their own: the next of the order would mostly be drawn by the same step, too.
+    It has its own random stream: the same step usually draws the next entries of the order, too.
     """
     stream = random_stream(seed, REPLACEMENT_STREAM, source, k)
     while True:

@@ -24,8 +24,8 @@ class Benchmark:
     folder: its name in the data root, and in a folder of predictions. min_depth, max_depth:
     metres, the range that predictions are clipped to. processing_res: longest side while
     predicting; 0: the image's own, None: the model's own. published: DepthMaster's scores
-    (arXiv 2501.02576, Tables I and VI) as fractions. published_of: on what, where that differs
-    from what is scored here.
+    (arXiv 2501.02576, Tables I and VI) as fractions. published_of: the images and settings of
+    these scores, if they differ from those here.
     """
 
     folder: str
@@ -37,7 +37,7 @@ class Benchmark:
 
 
 def zero_shot(name, folder, processing_res, abs_rel, delta1, depth_range=None):
-    """The row of a set of data/zeroshot.py, clipped to the range in which its truth is valid."""
+    """The Benchmark of a set of data/zeroshot.py; the clip range is that of valid ground truth."""
     layout = LAYOUTS[name]
     low, high = depth_range or (layout.min_depth, layout.max_depth)
     return Benchmark(folder, low, high, processing_res, {"abs_rel": abs_rel, "delta1": delta1})
@@ -62,10 +62,10 @@ BENCHMARKS = {
 
 
 def open_benchmark(name, folder, vkitti_crop=KITTI_CROP, hypersim_split="val", **pairs):
-    """The reader of a set that lies in `folder`; pairs: keywords of FolderOfPairs, `exif` of all.
+    """The reader of the set in `folder`; pairs: keywords of FolderOfPairs (`exif`: of all readers).
 
-    A reader has a length, name(i), [i] -> sample, and `expected`, the number of images that the
-    set should have (None: anything). Raises FileNotFoundError if the set is not there.
+    A reader has a length, name(i), [i] -> sample, and `expected`, the number of images of the
+    complete set (None: unknown). Raises FileNotFoundError if the set is not there.
     """
     folder = Path(folder)
     if not folder.is_dir() and not (folder.is_file() and name in LAYOUTS):
@@ -88,7 +88,7 @@ def open_benchmark(name, folder, vkitti_crop=KITTI_CROP, hypersim_split="val", *
 
 
 def locate(name, root, alone):
-    """The folder of a set under ROOT; of a set asked for alone, ROOT itself if it is not there."""
+    """The folder of a set under ROOT; if it is absent and the set is the only one, ROOT itself."""
     inside = Path(root) / BENCHMARKS[name].folder
     return Path(root) if alone and not inside.is_dir() else inside
 
@@ -96,7 +96,7 @@ def locate(name, root, alone):
 def find_benchmarks(root):
     """Names of the sets that have a folder under ROOT. FileNotFoundError if none has.
 
-    ROOT may be the archive of one set, under its own name.
+    ROOT may be the archive of one set, if the archive has its original name.
     """
     if Path(root).is_file():
         found = [name for name, layout in LAYOUTS.items() if layout.tar == Path(root).name]
@@ -117,11 +117,11 @@ def find_benchmarks(root):
 
 
 def open_training_source(root, split="train", crop=KITTI_CROP, **pairs):
-    """The reader of the data set in a folder, told by what is in it.
+    """The reader of the data set in a folder; the folder's content determines the kind of reader.
 
-    crop: for Virtual KITTI 2; pairs: keywords of FolderOfPairs, of which `exif` holds for all. A
-    folder of pairs may hold folders named train and val; otherwise all of it serves as every split.
-    Raises FileNotFoundError if the folder is missing, empty or nothing that is known.
+    crop: for Virtual KITTI 2; pairs: keywords of FolderOfPairs (`exif`: of all readers). A folder
+    of pairs may hold folders named train and val; otherwise every split uses the whole folder.
+    Raises FileNotFoundError if the folder is missing, empty or holds no known data set.
     """
     root = Path(root)
     check_folder(root)
@@ -152,7 +152,7 @@ def check_folder(root):
 
 
 def check_usable(reader):
-    """FileNotFoundError for raw Hypersim of which a kind of file was not downloaded."""
+    """FileNotFoundError if raw Hypersim lacks the entity ids of all its frames."""
     frames = getattr(reader, "frames", [])
     if frames and len(reader.lacking) == len(frames):
         raise FileNotFoundError(f"{reader.root}: none of its {len(frames)} frames has entity ids, "
@@ -161,7 +161,7 @@ def check_usable(reader):
 
 
 def kind_of(root):
-    """The class that reads the data set in a folder; None if it holds none that is known."""
+    """The class that reads the data set in a folder; None if the folder holds no known data set."""
     entries = sorted(entry.name for entry in root.iterdir())
     if holds_raw_hypersim(root, entries):
         return Hypersim
@@ -175,7 +175,7 @@ def kind_of(root):
 
 
 def unknown_data(root):
-    """Says of a folder that it holds no known data set and, if it is near, where one is."""
+    """The message that a folder holds no known data set; names a known one just above or below."""
     near = [path for path in (root.absolute().parent, *sorted(root.iterdir()))
             if path.is_dir() and os.access(path, os.R_OK) and kind_of(path)]
     if near:

@@ -30,9 +30,9 @@ from data.vkitti import VirtualKITTI
 log = logging.getLogger(__name__)
 
 RGB_RESIZES = {"nearest-exact": resize_nearest, "antialias": resize_antialias}
-# So many samples in a row that can't be used mean that the data set is broken, not a file.
+# This many unusable samples in a row mean that the data set is broken, not only single files.
 MAX_REPLACEMENTS = 100
-# A run stops when a larger share of its draws is bad; a few are borne in any case.
+# A run stops if a larger share of the drawn samples is bad; MIN_BAD samples are always allowed.
 MAX_BAD_SHARE, MIN_BAD = 0.01, 10
 CELL = 8  # pixels across a cell of the latent
 
@@ -48,12 +48,12 @@ class Replaced(NamedTuple):
 class TrainingSet(Dataset):
     """Sample k is place k % batch of step k // batch: a pure function of (seed, batch, k).
 
-    `sampler` gives the places that a rank takes.
+    `sampler` returns the batch sampler that yields the k of one rank.
     """
 
     def __init__(self, sources, probabilities, sizes, target="sqrt_disparity", seed=0, batch=32,
                  rgb_resize="nearest-exact"):
-        """sources: readers; probabilities: of drawing each; sizes: (h, w) each is resized to.
+        """sources: readers; probabilities: of drawing each reader; sizes: (h, w) of its samples.
 
         target: the space of the target, one of TARGETS; rgb_resize: one of RGB_RESIZES (target
         and mask are always resized by nearest-exact).
@@ -66,14 +66,14 @@ class TrainingSet(Dataset):
         self.sources, self.probabilities = list(sources), list(probabilities)
         self.sizes = [tuple(size) for size in sizes]
         self.target, self.seed, self.batch, self.rgb_resize = target, seed, batch, rgb_resize
-        self.reading = None  # a Reading, where worker processes read
+        self.reading = None  # a Reading, set by `read_ahead`
 
     def __getitem__(self, k):
         """dict(image uint8 3,h,w; target float32 1,h,w in [-1,1]; valid bool 1,h,w; name;
         replaced: list of Replaced).
 
-        A sample that can't be used is replaced by another of its data set; `replaced` lists what
-        was passed over. Raises ValueError if 100 in a row can't be used.
+        A sample that can't be used is replaced by another of its data set; `replaced` lists
+        the unusable ones. Raises ValueError if 100 in a row can't be used.
         """
         step, place = divmod(k, self.batch)
         drawn, flips = draw_step(self.seed, step, self.batch, self.probabilities)
@@ -97,12 +97,12 @@ class TrainingSet(Dataset):
                          "check the data set.")
 
     def sampler(self, micro_batch, first_step, last_step, ranks):
-        """The StepBatchSampler of this training set for a rank, of first_step .. last_step - 1."""
+        """The StepBatchSampler of this set for a rank; steps first_step .. last_step - 1."""
         return StepBatchSampler(self.seed, self.batch, micro_batch, self.probabilities, self.sizes,
                                 first_step, last_step, ranks.rank, ranks.world)
 
     def digest(self):
-        """A digest of the names of all samples, in order, which decides what each step draws."""
+        """A digest of all sample names in order; this order decides which samples a step draws."""
         digest = hashlib.sha256()
         for source in self.sources:
             for index in range(len(source)):
@@ -117,7 +117,7 @@ class TrainingSet(Dataset):
     def prepared(self, number, index, flip):
         """Image, target and valid of a sample of source `number`, and its name."""
         sample, size = self.sources[number][index], self.sizes[number]
-        # Quantiles are those of the full resolution, so the target comes before the resizing.
+        # The quantiles need the full resolution, so the target is computed before the resizing.
         target = normalise_target(sample["depth"], sample["valid"], self.target, sample["name"])
         target = resize_nearest(target, size)
         valid = resize_nearest(sample["valid"], size)
@@ -146,7 +146,7 @@ def collate(samples):
 
 
 def add_data_options(parser, side):
-    """The options that say what both stages train on; side: argparse type of a size's pixels."""
+    """Adds the data options of both stages; side: argparse type of a height or width in pixels."""
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="Hypersim (raw or prepared) or a folder of pairs")
     add("--vkitti", type=Path, help="Virtual KITTI 2: one sample in ten, or all without --data")
@@ -161,7 +161,7 @@ def add_data_options(parser, side):
 
 
 def open_held_out(root, crop, pairs, say):
-    """The reader of a data set's val split, or None, said, if it has none."""
+    """The reader of a data set's val split; None, and a message, if it has no val split."""
     try:
         return open_training_source(root, "val", crop, **pairs)
     except FileNotFoundError as error:
@@ -191,7 +191,7 @@ def open_training_set(data, vkitti, size, crop=KITTI_CROP, target="sqrt_disparit
 
 
 def check_data(training_set, held_out, workers, tell):
-    """Opens every sample and tells what is wrong. ValueError if there is anything."""
+    """Opens every sample and reports each problem. Raises ValueError if a sample is bad."""
     readers = {f"{source.root}, to train on": source for source in training_set.sources}
     if held_out:
         readers[f"{held_out.root}, to validate on"] = held_out
@@ -201,8 +201,8 @@ def check_data(training_set, held_out, workers, tell):
 def read_batches(training_set, sampler, workers, on_bad):
     """Yields the sampler's micro-batches, read by `workers` processes ahead of time.
 
-    on_bad(name, reason): called once for every sample that had to be replaced because it is bad.
-    Raises ValueError when over 1 % of what was drawn is bad.
+    on_bad(name, reason): called once for each bad sample, which was replaced.
+    Raises ValueError if over 1 % of the drawn samples are bad (and more than MIN_BAD).
     """
     loaded = read_ahead(training_set, workers, batch_sampler=sampler, collate_fn=collate,
                         pin_memory=torch.cuda.is_available(),

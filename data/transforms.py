@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 TARGETS = ("sqrt_disparity", "disparity", "depth")
-# The value of y at the far end, which pixels without depth get too.
+# The value of y at the far end; pixels without depth get this value, too.
 FAR_CODE = {"sqrt_disparity": -1.0, "disparity": -1.0, "depth": 1.0}
 NEAR_FAR_QUANTILES = (0.02, 0.98)
-KITTI_CROP = 352, 1216  # height and width: of KITTI's depth benchmark, at the bottom
+KITTI_CROP = 352, 1216  # height and width of the bottom crop in KITTI's depth benchmark
 
 
 class BadSample(ValueError):
@@ -33,8 +33,8 @@ def check_same_size(path, array, other):
 def pack_sample(image, depth_m, valid, name, depth_path):
     """Numpy image uint8 H,W,3, depth_m H,W (metres) and valid bool H,W -> a sample of tensors.
 
-    Depth outside the mask keeps its value, but for NaN and inf, which become 0. Raises BadSample,
-    which blames the file at depth_path, if the sizes differ or no pixel is valid.
+    Depth outside the mask keeps its value, except that NaN and inf become 0. Raises a BadSample
+    that names the file at depth_path if the sizes differ or no pixel is valid.
     """
     check_same_size(depth_path, depth_m, image)
     if not valid.any():
@@ -63,12 +63,12 @@ def normalise_target(depth_m, valid, target="sqrt_disparity", name="the depth ma
     y = 2 (t - q2) / (q98 - q2) - 1, clipped, with t the target space and q its quantiles over the
     valid pixels, so near = +1 and far = -1 (`target="depth"`: near = -1, far = +1). Invalid
     pixels get the far code. Call it at full resolution, before any resize.
-    Raises BadSample, which blames `name`, if no pixel is valid or the two quantiles are equal.
+    Raises a BadSample that mentions `name` if no pixel is valid or the two quantiles are equal.
     """
     t = to_target_space(depth_m[valid], target)
     if t.numel() == 0:
         raise BadSample(f"{name} has no valid pixel.")
-    # numpy selects where torch.quantile sorts (and refuses more than 16 million values).
+    # Not torch.quantile: it sorts, and refuses more than 16 million values. numpy only selects.
     low, high = np.quantile(t.numpy(), NEAR_FAR_QUANTILES).tolist()
     if not high > low:
         raise BadSample(f"{name} has equal 2 % and 98 % quantiles of {target}: it is flat, or was "
@@ -81,7 +81,7 @@ def normalise_target(depth_m, valid, target="sqrt_disparity", name="the depth ma
 def kitti_crop(shape, size, path):
     """(rows, columns) as slices: `size` at the bottom, centred, as in KITTI's depth benchmark.
 
-    shape: height and width of the picture at `path`, which is blamed (BadSample) if it is smaller.
+    shape: height and width of the picture at `path`; a BadSample names it if it is too small.
     """
     (height, width), (crop_height, crop_width) = shape, size
     if height < crop_height or width < crop_width:
@@ -92,7 +92,7 @@ def kitti_crop(shape, size, path):
 
 
 def resize_nearest(x, size):
-    """x C,H,W of any dtype -> C,h,w by nearest-exact, so every value is one that was there."""
+    """x C,H,W of any dtype -> C,h,w by nearest-exact: every output value is an input value."""
     if x.shape[-2:] == tuple(size):
         return x
     as_number = x.to(torch.uint8) if x.dtype == torch.bool else x

@@ -14,7 +14,7 @@ SCENES = {"train": ("Scene02", "Scene06", "Scene18", "Scene20"), "val": ("Scene0
 VARIANTS = ("15-deg-left", "15-deg-right", "clone", "morning", "overcast", "sunset")
 CAMERAS = ("Camera_0", "Camera_1")
 FULL_COUNTS = {"train": 20_148, "val": 5_364}
-# Where the two archives were unpacked to: into one tree, or each into a folder of its own.
+# Folders of the two unpacked archives (images, depth): the same folder, or one folder each.
 TREES = (("", ""), ("rgb", "depth"), ("vkitti_2.0.3_rgb", "vkitti_2.0.3_depth"))
 MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 80.0
 
@@ -22,8 +22,8 @@ MIN_DEPTH_M, MAX_DEPTH_M = 1e-5, 80.0
 class VirtualKITTI:
     """SceneSS/VARIANT/frames/{rgb,depth}/Camera_C; depth is uint16 centimetres, the sky 65535."""
 
-    benchmark = "vkitti"  # in data/sources.py
-    exif = "auto"  # as in data/files.py
+    benchmark = "vkitti"  # key of BENCHMARKS in data/sources.py
+    exif = "auto"  # as for read_rgb in data/images.py
 
     def __init__(self, root, split="train", crop=KITTI_CROP):
         """crop: height and width of the part at the bottom centre that is kept.

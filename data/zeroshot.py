@@ -1,7 +1,7 @@
-"""The five zero-shot benchmarks in the packaging that the field shares (Ke et al., Marigold).
+"""The five zero-shot benchmarks in the commonly used packaging (Ke et al., Marigold).
 
-Each is one .tar, read in place, or a folder of the same layout. What belongs to a set is told by
-its files' names and checked by count; no lists are shipped.
+Each is one .tar, read in place, or a folder of the same layout. The files of a set are found by
+their names, and their number is known; the project has no file lists.
 """
 
 import re
@@ -23,10 +23,10 @@ ETH3D_SIZE = 4032, 6048
 class Layout:
     """How a set is packed.
 
-    tar: the archive's name. images: how many it has. find(names) -> [(image, depth)], in order.
-    read_depth(tree, name) -> depth_m H,W, mask H,W or None. min_depth, max_depth: metres, outside
-    of which a truth is invalid. crop: height and width of what is kept at the bottom. window: top,
-    bottom, left, right, outside of which a truth is invalid, too (after the crop).
+    tar: the archive's name. images: their number. find(names) -> [(image, depth)], in order.
+    read_depth(tree, name) -> depth_m H,W, mask H,W or None. min_depth, max_depth: range of valid
+    ground truth in metres. crop: height and width of the crop at the bottom. window: top, bottom,
+    left, right of the region, after the crop, where ground truth is valid.
     """
 
     tar: str
@@ -42,7 +42,7 @@ class Layout:
 class ZeroShot:
     """One of the sets, by its name in LAYOUTS."""
 
-    exif = "auto"  # as in data/files.py
+    exif = "auto"  # as for read_rgb in data/images.py
 
     def __init__(self, name, folder):
         """Raises FileNotFoundError if the folder holds no image with depth."""
@@ -57,7 +57,7 @@ class ZeroShot:
 
     @property
     def layout(self):
-        """Not kept: its functions can't be sent to a process that reads."""
+        """The set's Layout, not stored here: its functions can't be pickled for workers."""
         return LAYOUTS[self.set]
 
     def __len__(self):
@@ -95,10 +95,10 @@ class ZeroShot:
 
 
 def matched(pattern, depth_of, by_depth=False):
-    """A `find`: names that fit a pattern, each with its partner's name, where both are there.
+    """Makes a `find`: it pairs each name that fits the pattern with its partner, if both exist.
 
-    depth_of: template of the partner's name with the pattern's groups. by_depth: the pattern is
-    that of the depth maps, the template gives the image.
+    depth_of: template that makes the partner's name from the pattern's groups. by_depth: the
+    pattern is for depth maps, and the template makes the image's name.
     """
     expression = re.compile(pattern)
 
@@ -115,7 +115,7 @@ def matched(pattern, depth_of, by_depth=False):
 
 
 def diode_pairs(names):
-    """Indoor and outdoor scans; an image has depth and mask of its own."""
+    """A `find` for indoor and outdoor scans; each image has its own depth and mask files."""
     found = [name for name in sorted(names)
              if re.fullmatch(r"(.*/)?(indoors|outdoor)/scene_\d+/scan_\d+/[^/]+\.png", name)]
     return [(name, name.replace(".png", "_depth.npy")) for name in found
@@ -126,7 +126,7 @@ def diode_pairs(names):
 
 
 def depth_in_png(units_per_metre):
-    """A `read_depth`: 16-bit PNG."""
+    """Makes a `read_depth` for 16-bit PNG."""
     def read_depth(tree, name):
         values = read_png16(tree.place(name), tree.read(name))
         return values.astype(np.float32) / np.float32(units_per_metre), None
@@ -144,12 +144,12 @@ def eth3d_depth(tree, name):
 
 
 def diode_depth(tree, name):
-    """Two arrays H,W,1: the mask alone says what is valid."""
+    """Two arrays H,W,1, depth and mask; the mask, not a depth range, marks valid pixels."""
     depth_m, mask = (read_array(tree, file)
                      for file in (name, name.replace("_depth.npy", "_depth_mask.npy")))
     check_same_size(tree.place(name), depth_m, mask)
     depth_m = depth_m.astype(np.float32)
-    # A mask that covers a pixel without depth is a fault of the file, which can't be scored.
+    # Some masks mark a pixel without depth as valid by mistake: such a pixel can't be scored.
     return depth_m, mask.astype(bool) & np.isfinite(depth_m) & (depth_m > 0)
 
 
@@ -168,8 +168,8 @@ LAYOUTS = {
     "nyu": Layout("nyu_labeled_extracted.tar", 654, matched(
         r"(test/[^/]+)/rgb_(\d+)\.png", r"\1/depth_\2.png"), depth_in_png(1000), 1e-3, 10.0,
         window=(45, 471, 41, 601)),
-    # 697 images are listed in the field, of which 652 have a truth: only these are here. The
-    # window is Eigen's, inside the benchmark's crop.
+    # The common list has 697 images; this set has only the 652 with ground truth. The window is
+    # Eigen's, inside the benchmark's crop.
     "kitti": Layout("kitti_eigen_split_test.tar", 652, matched(
         r"((\d{4}_\d\d_\d\d)_drive_\d{4}_sync)/proj_depth/groundtruth/image_02/(\d+)\.png",
         r"\2/\1/image_02/data/\3.png", by_depth=True), depth_in_png(256), 1e-5, 80.0,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Now, not after `start`: its functions' default arguments would keep the process group alive.
+# Imported before `start`: otherwise its default arguments would keep the process group alive.
 import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,14 +21,14 @@ from engine.terminal import Heard, Said, printable, say
 
 
 def run(main):
-    """Calls a script's main(), then leaves its job; a user's mistake becomes one sentence and 1.
+    """Calls a script's main(), then leaves its job; reports a user's mistake in one sentence.
 
-    The libraries raise ValueError or OSError for those; FULL_TRACEBACK=1 shows where.
+    ValueError and OSError mean a user's mistake (exit code 1); FULL_TRACEBACK=1: raises it instead.
     """
     sys.stdout, sys.stderr = (Heard(stream) for stream in (sys.stdout, sys.stderr))
     logging.basicConfig(handlers=[Said()])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "RANK" not in os.environ:  # torchrun's ranks may wait for each other, and would not end
+    if "RANK" not in os.environ:  # torchrun's ranks may wait for each other and would hang
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
@@ -55,14 +55,14 @@ def run(main):
 
 
 def out_of_memory(error):
-    """Whether an error is that of a device, or of the system, which has no memory left."""
+    """Whether an error means that a device or the system has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "DefaultCPUAllocator" in str(error))
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job (torchrun's, or one alone), and its device."""
+    """This process's rank and device, and the number of ranks in the job (torchrun's, or 1)."""
 
     rank: int
     world: int
@@ -78,7 +78,7 @@ def start(device="auto"):
 
     ValueError if there is no such device.
     """
-    if hasattr(signal, "SIGUSR1"):  # "save", before there is anything to save; not on Windows
+    if hasattr(signal, "SIGUSR1"):  # ignored until training listens; not on Windows
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -93,7 +93,7 @@ def start(device="auto"):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} can't be used ({str(error).splitlines()[0]}): choose "
                          "cuda, mps or cpu, or leave it out.") from error
-    torch.backends.cudnn.allow_tf32 = False  # float32 means that; bfloat16 is what is fast
+    torch.backends.cudnn.allow_tf32 = False  # float32 must be exact; bfloat16 is the fast type
     if alone:
         return Ranks(0, 1, torch.device(device))
     if device.startswith("cuda"):
@@ -105,7 +105,7 @@ def start(device="auto"):
 
 
 def wait():
-    """Until all ranks are here."""
+    """Waits until all ranks call it."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -119,10 +119,10 @@ def agreed(value):
 
 
 def stop():
-    """Leaves the job, if there is one, once all that uses it (a script's main) has returned.
+    """Leaves the job, if there is one; call it after the script's main() has returned.
 
-    The group's threads have to end before Python does: one that lets go of a tensor meanwhile
-    aborts the process. They end with the group's last owner, the objective that `parallel` gave.
+    The process group's threads must end before Python: a thread that frees a tensor at Python's end
+    aborts the process. They end with the group's last owner, the objective from `parallel`.
     """
     wait()
     if dist.is_initialized():
@@ -139,10 +139,10 @@ def parallel(objective, ranks):
 
 
 def recompute_activations(choice, trained, ranks, needed):
-    """Whether to recompute activations: `on`, `off`, or `auto`, where they would not fit.
+    """Whether to recompute activations: `on`, `off`, or `auto`: if they would not fit in memory.
 
-    trained: the parameters; needed(): bytes of activations. They have to fit beside gradients and
-    Adam's moments; a fifth is left for what comes and goes.
+    trained: the parameters; needed(): bytes of activations. They must fit beside gradients and
+    Adam's moments; a fifth is left for temporary tensors.
     """
     if choice != "auto":
         return choice == "on"
@@ -156,7 +156,7 @@ def recompute_activations(choice, trained, ranks, needed):
 
 
 def free_memory(device):
-    """Bytes that are free on a device, or may be had."""
+    """Bytes that are free on a device or that the system can free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

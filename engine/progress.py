@@ -1,4 +1,4 @@
-"""What accompanies a training loop: a scheduler's signals, the bar, the rows of the log."""
+"""Helpers of a training loop: a scheduler's signals, the progress bar, the rows of the log."""
 
 import math
 import signal
@@ -10,22 +10,22 @@ from tqdm import tqdm
 
 from engine.terminal import say
 
-MAX_BAD_STEPS = 10  # in a row that are skipped, before a run stops
-PATIENCE = 2.0  # seconds in which a signal that comes again is the same wish
-SPIKE, SPIKE_AFTER = 4.0, 100  # times the usual loss; steps that make it usual
+MAX_BAD_STEPS = 10  # skipped steps in a row at which a run stops
+PATIENCE = 2.0  # seconds; a signal repeated within this time is the same request
+SPIKE, SPIKE_AFTER = 4.0, 100  # times the usual loss; steps before the first spike
 
 
 class Watch:
     """Listens for a scheduler's signals while a run trains.
 
-    SIGTERM and SIGINT (preemption, Ctrl-C) ask to save and leave, SIGUSR1 to save and go on. One
-    more SIGTERM or SIGINT ends the program at once, but not within two seconds: torchrun passes on
-    to the ranks what a scheduler or a terminal has sent them already.
+    SIGTERM and SIGINT (preemption, Ctrl-C) ask to save and leave, SIGUSR1 to save and go on. A
+    second SIGTERM or SIGINT ends the program at once, but not within two seconds: torchrun forwards
+    signals to ranks that already got them from a scheduler or a terminal.
     """
 
     def __init__(self, ranks):
         self.ranks, self.leave, self.save, self.before = ranks, False, False, {}
-        self.asked = math.inf  # when, to leave
+        self.asked = math.inf  # time of the first request to leave
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -47,7 +47,7 @@ class Watch:
             self.leave, self.asked = True, min(self.asked, now)
 
     def agree(self):
-        """(leave, save), the same on all ranks: what any of them was asked since the last call."""
+        """(leave, save), the same on all ranks: whether any rank got the request. Resets `save`."""
         wishes = torch.tensor([self.leave, self.save], dtype=torch.int32, device=self.ranks.device)
         self.save = False
         if self.ranks.world > 1:
@@ -58,7 +58,7 @@ class Watch:
 class Progress:
     """The bar on the terminal, and every `log_every` steps a row of log.jsonl.
 
-    The row has the step (its number done, from 1), the mean of each loss since the last row, the
+    The row has the step (counted from 1), the mean of each loss since the last row, the
     learning rate and the samples per second.
     """
 
@@ -69,9 +69,9 @@ class Progress:
         self.first, self.bad, self.usual, self.good = first, 0, None, 0
 
     def report(self, done, outcome, rate):
-        """After step number `done`: its Outcome, and the learning rate it had.
+        """Takes the Outcome and the learning rate of step number `done`.
 
-        ValueError after ten steps in a row that had to be skipped, or if all were.
+        ValueError after ten skipped steps in a row, or if all steps were skipped.
         """
         self.bar.update()
         if outcome.bad:
@@ -104,7 +104,7 @@ class Progress:
                              f"and look at the samples of the last one ({', '.join(names)}).")
 
     def note_spike(self, done, outcome):
-        """A row for a step whose loss is several times that of the steps before it."""
+        """Logs a step whose loss is several times that of the steps before it."""
         loss = outcome.losses["loss"]
         if self.usual is not None and done > self.first + SPIKE_AFTER and (
                 loss > SPIKE * self.usual):

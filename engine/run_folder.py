@@ -1,7 +1,7 @@
-"""The folder of a training run: what it was started with, checkpoints to resume from, the log.
+"""The folder of a training run: its options, checkpoints to resume from, the log.
 
-A checkpoint is one file with weights, optimizer and step, written beside, synced and renamed; the
-one before it stays as a reserve. Whatever happens, at any moment, one of the two is whole.
+A checkpoint is one file with weights, optimizer and step. It is written under a temporary name,
+synced and renamed; the previous checkpoint stays as a reserve. One of the two is always whole.
 """
 
 import json
@@ -22,24 +22,24 @@ from storage import append, check_file, compressed, read_text, sha256, sync, who
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
 CONTENT = {"step": int, "trained": dict, "optimizer": dict}  # of a checkpoint
-FILES = ("data", "vkitti", "sd2", "dinov2", "ckpt")  # options; None in older runs: the default
-CONTENT_OF_RUN = "content"  # in args.json: what is behind the options' names
+FILES = ("data", "vkitti", "sd2", "dinov2", "ckpt")  # options; older runs stored None for a default
+CONTENT_OF_RUN = "content"  # key in args.json: digests of files and samples
 HELD = {}  # open lock files by path: a lock lasts as long as its file is open
 
 
 def decisive(options):
-    """Of a script's options (a dict), those that change the result, as plain types."""
+    """Those of a script's options (a dict) that change the result, as plain types."""
     rest = {"out", "cache", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
             "log_every", "save_every", "validate_every", "validate_images", "preflight", "extend",
             "accept_changes"}
-    if not options.get("cache", True):  # what is not kept is as if it were kept exactly
+    if not options.get("cache", True):  # without a cache: exact, as in a float32 cache
         options = options | {"cache_precision": "float32"}
     return {name: str(value) if isinstance(value, Path) else value
             for name, value in sorted(options.items()) if name not in rest}
 
 
 def content(files, model, training_set, ranks):
-    """What is behind a run's options: digests of its files (None: not used) and of its samples."""
+    """The content that a run's options name: digests of files (None: unused) and samples."""
     found = None
     if ranks.first:
         weights = {f"the weights {path.name}": sha256(path) for path in files if path}
@@ -52,7 +52,7 @@ def content(files, model, training_set, ranks):
 
 
 def check_system():
-    """ValueError where a run's folder can't be kept, before anything is done for it."""
+    """ValueError on a system that can't keep a run folder; call it before any other work."""
     if find_spec("fcntl") is None or not hasattr(signal, "SIGUSR1"):
         raise ValueError("training needs Linux or macOS (on Windows: WSL); predict.py, evaluate.py "
                          "and convert_sd2.py run here, too.")
@@ -61,10 +61,10 @@ def check_system():
 def open_run(folder, options, ranks, extend=False, content=None, accept_changes=False):
     """Prepares a run folder; returns the state to resume from, or None for a new run.
 
-    options: those that change the result. A folder of a run with other options is refused; with
-    `extend` it may have had fewer steps.
-    content: {what: its digest or value} of what the options name. It is refused if it has changed,
-    or with accept_changes logged.
+    options: those that change the result. ValueError if the folder's run has other options; with
+    `extend` it may have fewer steps.
+    content: {name: digest or value} of the files and samples that the options name. ValueError if
+    it has changed; with accept_changes the change is logged instead.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,29 +108,29 @@ def open_run(folder, options, ranks, extend=False, content=None, accept_changes=
 
 
 def begun_with(folder, name, value):
-    """An option whose value is `auto`: what the run in a folder, if any, began with."""
+    """The option's value; for `auto`, the value with which the folder's run, if any, began."""
     try:
         before = json.loads(read_text(Path(folder) / OPTIONS))
         return before[name] if value == "auto" and isinstance(before[name], str) else value
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return value  # open_run says what is wrong with it
+        return value  # open_run reports the fault
 
 
 def claim(folder):
-    """Keeps other processes out of a run folder while this one lives. ValueError if one is in it.
+    """Locks a run folder while this process lives. ValueError if another process has the lock.
 
-    It may be a rank that outlived its torchrun; both would write the same files.
+    That process may be a rank that outlived its torchrun; both would write the same files.
     """
     if find_spec("fcntl") is None:  # Windows
         return
     import fcntl
     if os.path.exists(folder / LOCK):
         check_file(folder / LOCK)
-    # A link in its place would lead elsewhere.
+    # O_NOFOLLOW: a link there could lead to another file.
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     file = HELD[folder] = open(handle, "r+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process, not of its children
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit the lock
     except (BlockingIOError, PermissionError):
         raise ValueError(f"process {file.read(20) or 'of another machine'} is at work in {folder}: "
                          "wait for it or end it, then give the same command again.") from None
@@ -169,7 +169,7 @@ def choose_checkpoint(folder):
         raise ValueError(f"no checkpoint in {folder} is whole "
                          f"({'; '.join(f'{path.name}: {faults[path]}' for path in there)}): bring "
                          f"back a copy of {STATE}, or move these aside to begin anew.")
-    # A first save that was cut off leaves a model, and its checkpoint under another name.
+    # An interrupted first save leaves a model and a checkpoint under a temporary name.
     if (folder / MODEL).exists() and not any(folder.glob(".*.tmp")):
         raise ValueError(f"{folder} holds {MODEL} of a run whose checkpoint is gone: move it aside "
                          "to begin anew, or choose another --out.")
@@ -177,9 +177,9 @@ def choose_checkpoint(folder):
 
 
 def damage(path):
-    """What is wrong with a checkpoint, or None: all of it is read and its checksums are tried.
+    """The fault of a checkpoint, or None; reads the whole file and tests its checksums.
 
-    OSError where it can't be read now, which says nothing of what is in it.
+    OSError if the file can't be read now, which is no sign of damaged content.
     """
     try:
         if compressed(path):
@@ -207,7 +207,7 @@ def unreadable(path, error):
 
 
 def read_options(path):
-    """What a run was started with. ValueError if the file can't tell."""
+    """The options of a run. ValueError if the file is missing or damaged."""
     try:
         options = json.loads(read_text(path))
         whole = isinstance(options, dict) and isinstance(options.get("steps", 0), int)
@@ -220,9 +220,9 @@ def read_options(path):
 
 
 def resume(folder, state, trained, optimizer, steps, model=None):
-    """Puts back what `open_run` returned; the number of steps that are done, of `steps`.
+    """Restores the state from `open_run`; returns how many of `steps` are done.
 
-    model: what has `save` and `is_saved`; its file is written anew if it is not of this checkpoint.
+    model: an object with `save` and `is_saved`; its file is rewritten if it differs from the model.
     """
     if state is None:
         return 0
@@ -232,7 +232,7 @@ def resume(folder, state, trained, optimizer, steps, model=None):
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{Path(folder) / STATE} is a checkpoint of another model "
                          f"({str(error).splitlines()[0]}): choose another --out.") from error
-    # Copies, as the file is mapped: whatever becomes of it does not concern the run any more.
+    # Copies, because the file is mapped: later changes to the file must not reach the run.
     for moments in optimizer.state.values():
         moments.update({name: value.clone() for name, value in moments.items()
                         if torch.is_tensor(value)})
@@ -250,9 +250,9 @@ def resume(folder, state, trained, optimizer, steps, model=None):
 
 
 def save(folder, step, trained, optimizer, model):
-    """Writes a checkpoint and model.safetensors, or raises with what was there before untouched.
+    """Writes a checkpoint and model.safetensors; an error leaves the last checkpoint untouched.
 
-    trained: the module that is trained, step: how many steps are done, model: what has `save`.
+    trained: the trained module; step: the number of steps done; model: an object with `save`.
     ValueError if a weight is not finite, OSError if there is no room.
     """
     folder = Path(folder)
@@ -299,7 +299,7 @@ def size(tensors):
 class Log:
     """log.jsonl: one object per logged step; written by the first rank only.
 
-    When a run resumes at a step, what an interrupted run logged beyond it is dropped.
+    When a run resumes at a step, the rows of later steps are dropped.
     """
 
     def __init__(self, folder, step, ranks):
@@ -317,7 +317,7 @@ class Log:
         append(self.path, json.dumps(row) + "\n")
 
     def has_validation(self, step):
-        """Whether there is a row of the validation after a step, which a kill may have prevented.
+        """Whether the log has the validation row of a step; a killed run may lack it.
 
         True for the ranks that write no log.
         """
@@ -328,7 +328,7 @@ class Log:
 
 
 def step_of(line):
-    """The step of a row; of one that was cut off in the middle or is none, infinity."""
+    """The step of a row; infinity for a row that is cut off or invalid."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError, RecursionError):

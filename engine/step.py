@@ -24,7 +24,7 @@ def learning_rate(step, peak, warmup=100, decay_steps=25_000, final=0.01):
 
 
 class Outcome(NamedTuple):
-    """What became of a step."""
+    """The result of a step."""
 
     losses: dict | None  # mean over all ranks of each loss and their sum; the gradient's norm
     names: list  # of this rank's samples
@@ -39,10 +39,10 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
     of the step has the same weight, 1/samples, however the step was cut into micro-batches and
     ranks; gradients are exchanged once, on the last micro-batch. A step with a loss or gradient
     that is not finite changes nothing. clip: the largest norm of the gradient, None: any.
-    watch: where one process alone is asked to leave, it does so in the middle: None.
+    watch: if a signal asks a single process to leave, it returns None in the middle of the step.
     """
     optimizer.zero_grad(set_to_none=True)
-    exact = torch.float32 if ranks.device.type == "mps" else torch.float64  # Apple's lack float64
+    exact = torch.float32 if ranks.device.type == "mps" else torch.float64  # MPS lacks float64
     sums = torch.zeros(len(weights), device=ranks.device, dtype=exact)
     names = []
     for index in range(count):
@@ -75,7 +75,7 @@ def optimizer_step(objective, batches, count, samples, weights, optimizer, ranks
 
 
 def gathered(names, ranks):
-    """The names of all ranks."""
+    """The sample names of all ranks."""
     everyone = [None] * ranks.world
     if ranks.world == 1:
         return names
@@ -84,7 +84,7 @@ def gathered(names, ranks):
 
 
 def to_device(batch, device):
-    """Moves the tensors of a batch (a dict); what else it holds stays."""
+    """Moves the tensors of a batch (a dict) to a device; other values stay as they are."""
     return {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
             for name, value in batch.items()}
 

@@ -1,4 +1,4 @@
-"""What a script says to a person, and the options that it is told."""
+"""A script's messages to its user, and its command-line options."""
 
 import argparse
 import logging
@@ -12,17 +12,17 @@ LONGEST_MESSAGE = 2000  # characters: a message may quote a part of a damaged fi
 
 
 class Said(logging.Handler):
-    """What modules log is said, as everything that a person reads."""
+    """A logging handler that prints modules' log messages through `say`."""
 
     def emit(self, record):
         say(record.getMessage(), any_rank=True)
 
 
 class Heard:
-    """Standard output or error; what nobody reads any more (`| head`) is dropped, not an error."""
+    """Standard output or error; after its reader has ended (`| head`), drops text without error."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the beginning
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed from the start
 
     def write(self, text):
         self.heard(self.stream.write, text)
@@ -34,9 +34,9 @@ class Heard:
     def heard(self, function, *arguments):
         try:
             function(*arguments)
-        except BrokenPipeError:  # whatever is written later, by whomever, is dropped, too
+        except BrokenPipeError:  # all later output of the process is dropped, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        except OSError:  # it goes to a disk that is full
+        except OSError:  # such as a full disk
             pass
 
     def __getattr__(self, name):
@@ -44,27 +44,27 @@ class Heard:
 
 
 def say(text, any_rank=False):
-    """A line for the person who waits (standard error), from the first rank only or from any."""
+    """Prints a line for the user on standard error, from the first rank only or from any rank."""
     if text and (any_rank or is_first()):
         tqdm.write(printable(text), file=sys.stderr)  # above a bar
         sys.stderr.flush()
 
 
 def tell(text):
-    """Lines of the result (standard output)."""
+    """Prints lines of the result on standard output."""
     for line in text.split("\n"):
         print(printable(line))
 
 
 def printable(text):
-    """One line, not too long, without what else names of files may do to a terminal."""
+    """One line, shortened, without the control characters that file names may contain."""
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[:LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2:]}"
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def check_folder(path, option):
-    """Before the work: FileExistsError if no folder can be at the path, as there is a file."""
+    """FileExistsError if a file is at the path or above it; call it before the work."""
     for part in (path, *path.parents):
         if os.path.lexists(part) and not part.is_dir():
             raise FileExistsError(f"{option} {part} is a file: give a folder."
@@ -73,7 +73,7 @@ def check_folder(path, option):
 
 
 def is_first():
-    """Whether this process is the first rank, or alone; before `start`, too."""
+    """Whether this process is the first rank or alone; works before `start`, too."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -81,7 +81,7 @@ def is_first():
 
 
 def add_training_options(parser, steps, lr):
-    """The options of the loop; the defaults of both stages but for `steps` and `lr`."""
+    """Adds the training loop's options; the stages' defaults differ only for `steps` and `lr`."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=steps, help="optimizer steps (%(default)s)")
     add("--batch", type=positive, default=32, help="samples per step, all ranks (%(default)s)")
@@ -114,7 +114,7 @@ def add_training_options(parser, steps, lr):
 
 
 def readers():
-    """How many processes read data, unless told: a core each, at least 2, at most 8.
+    """The default number of data loader workers: one per core, at least 2, at most 8.
 
     Eight read some 150 prepared frames a second (benchmarks/loading.py).
     """

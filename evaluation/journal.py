@@ -1,7 +1,7 @@
 """The files of an evaluation: one CSV row per image, written as soon as it is scored, and JSON.
 
-The CSV is the journal: what was interrupted goes on where it stopped. Each rank appends to a file
-of its own; they are brought together when an evaluation is opened and when it ends.
+The CSV is the journal: an interrupted evaluation continues where it stopped. Each rank appends to a
+file of its own; the files are merged when an evaluation is opened and when it ends.
 """
 
 import csv
@@ -15,26 +15,26 @@ from pathlib import Path, PurePosixPath
 from data.sources import BENCHMARKS
 from storage import append, read_text, walk, write_text
 
-PICTURES = "pictures"  # of the report: a folder
+PICTURES = "pictures"  # the report's folder of pictures
 PICTURE_NAMES = ("image", "truth", "prediction", "error")  # of an image, .jpg
 PER_IMAGE, METRICS, SETTINGS = "per_image.csv", "metrics.json", "evaluation.json"
 KEY = ("dataset", "image")
 WORDS = (*KEY, "unfitted")  # columns that hold no number
-FORMULA = tuple("=+-@\t\r'")  # beginnings of what spreadsheets compute; ' says that it is text
+FORMULA = tuple("=+-@\t\r'")  # a spreadsheet computes text that begins so; ' prevents it
 
 
 class Journal:
     """Rows {column: text} by (dataset, image)."""
 
     def __init__(self, out, columns, rank=0):
-        """columns: those after `dataset` and `image`. The rows that are there are read."""
+        """columns: those after `dataset` and `image`. Reads the rows that exist already."""
         self.out, self.columns = Path(out), (*KEY, *columns)
         self.path = self.out / (PER_IMAGE if rank == 0 else f"per_image.rank{rank}.csv")
-        self.lost = 0  # rows that can't be read, which are scored again
+        self.lost = 0  # unreadable rows; their images are scored again
         self.rows = self.read(self.out / PER_IMAGE)
 
     def read(self, path):
-        """The rows of a file; what was cut off or is damaged is left out."""
+        """The rows of a file, without cut-off or damaged rows."""
         if not path.exists():
             return {}
         text = read_text(path)
@@ -45,7 +45,7 @@ class Journal:
         return {tuple(row[name] for name in KEY): row for row in sound}
 
     def add(self, dataset, image, values):
-        """Appends a row; a program that is killed afterwards has not lost it."""
+        """Appends a row; the row survives if the program is killed afterwards."""
         values = (value if isinstance(value, str) else repr(value) for value in values)
         row = dict(zip(self.columns, (dataset, image, *values), strict=True))
         self.rows[dataset, image] = row
@@ -63,7 +63,7 @@ class Journal:
         return text.getvalue()
 
     def merge(self, keys):
-        """Brings the ranks' files together into one: the rows of these keys, in their order."""
+        """Merges the ranks' files into one: the rows of these keys, in the keys' order."""
         for path in sorted(self.out.glob("per_image.rank*.csv")):
             self.rows |= self.read(path)
         self.rows = {key: self.rows[key] for key in keys if key in self.rows}
@@ -73,7 +73,7 @@ class Journal:
 
 
 def table(text):
-    """CSV -> a dict for each row, up to what can't be read."""
+    """CSV -> a dict for each row, up to the first unreadable one."""
     rows = []
     try:
         for row in csv.DictReader(io.StringIO(text, newline="")):
@@ -93,9 +93,9 @@ def numeric(row):
 
 
 def read_results(out):
-    """Of a finished evaluation, metrics.json by set and per_image.csv as a list of dicts.
+    """metrics.json by set and per_image.csv as a list of dicts, of a finished evaluation.
 
-    FileNotFoundError where there is none, ValueError where one of them is damaged.
+    FileNotFoundError if one of them is missing, ValueError if one is damaged.
     """
     out = Path(out)
     for name in (METRICS, PER_IMAGE):
@@ -114,10 +114,10 @@ def read_results(out):
 
 
 def prepare(out, settings):
-    """Readies the folder for an evaluation with these settings; what differs from the last one's.
+    """Prepares the folder for an evaluation; returns the names of the settings that changed.
 
-    settings: what the rows depend on, plain types. Rows that were made with others are removed, and
-    their pictures. ValueError if the file can't tell what the last one's were.
+    settings: all that the rows depend on, plain types. If the last evaluation had other settings,
+    its rows and pictures are removed. ValueError if the file with its settings is damaged.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def prepare(out, settings):
     changed = sorted(name for name in settings if before and before.get(name) != settings[name])
     for old in (out / PER_IMAGE, *out.glob("per_image.rank[0-9]*.csv"), out / METRICS):
         old.unlink(missing_ok=True)
-    places = walk(out / PICTURES) if before else ()  # of a user's files there, none is touched
+    places = walk(out / PICTURES) if before else ()  # a user's own files there stay
     for place in map(PurePosixPath, places):
         if place.parts[0] in BENCHMARKS and place.stem in PICTURE_NAMES and len(place.parts) > 2:
             (out / PICTURES / place).unlink()
@@ -146,7 +146,7 @@ def check_settings(out, settings):
 
 
 def read_settings(path):
-    """What an evaluation was started with. ValueError if the file can't tell."""
+    """The settings of an evaluation. ValueError if the file is damaged."""
     try:
         settings = json.loads(read_text(path))
     except (ValueError, RecursionError):

@@ -18,10 +18,10 @@ SHOWN = 4  # images on a picture
 
 
 class ImageScores(NamedTuple):
-    """What `evaluate_dataset` says of one image."""
+    """The result of `evaluate_dataset` for one image."""
 
     image: str
-    size: tuple  # height, width: of the truth, and so of the boundary F1
+    size: tuple  # height, width of the truth; boundary F1 depends on it
     scores: dict  # space -> {name of the score: float}
     unfitted: list  # spaces in which the prediction could not fix scale and shift
 
@@ -76,7 +76,7 @@ def predict_chunk(predict, chunk, bad):
 
 def score_sample(sample, pred, spaces, min_depth, max_depth, negative, f1_mask):
     """ImageScores of one prediction, and its depth in metres in the first space."""
-    pred = pred.cpu() if pred.device.type == "mps" else pred  # Apple's lack float64
+    pred = pred.cpu() if pred.device.type == "mps" else pred  # MPS lacks float64
     depth_m, valid = (sample[name][0].to(pred.device) for name in ("depth", "valid"))
     check_prediction(pred, depth_m.shape, sample["name"])
     scores, unfitted, first = {}, [], None
@@ -103,7 +103,7 @@ def check_prediction(pred, shape, name):
 
 
 def check(model, reader, images, dtype, folder, step, log):
-    """Validates, after a step, into the run folder: a picture, a row of the log, a line to read."""
+    """Validates after a step; writes a picture, a row of the log and a line on the terminal."""
     picture = folder / "pictures" / f"{step:06d}.png"
     bad = []
     scores = validate(model, reader, images, dtype, picture, bad)
@@ -123,7 +123,7 @@ def validate(model, reader, images, dtype, picture=None, bad=None):
 
     Scored as evaluate.py scores the reader's set: at its resolution, in its range of depth.
     model: a DepthMaster; dtype: autocast's. picture: a file for the first few samples, one row
-    each: image, truth, prediction, error. bad: a list that is given why a sample can't be used.
+    each: image, truth, prediction, error. bad: a list that gets the reason per unusable sample.
     """
     rows, protocol = [], BENCHMARKS[reader.benchmark]
 

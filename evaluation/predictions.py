@@ -1,4 +1,4 @@
-"""Saved predictions of any system, one file an image."""
+"""Saved predictions of any system, one file per image."""
 
 import hashlib
 import os
@@ -12,10 +12,10 @@ from data.images import read_png16
 from data.transforms import BadSample, kitti_crop
 
 SUFFIXES = (".npy", ".png")
-# What other systems call the prediction for NAME, by their own scripts: NAME itself comes first.
+# Names that other systems' scripts give to the prediction for NAME; NAME itself comes first.
 FORMS = {
     "NAME": lambda name: name,
-    "pred_NAME": lambda name: f"pred_{name}",  # Marigold and what is made from it
+    "pred_NAME": lambda name: f"pred_{name}",  # Marigold and systems based on it
     "pred_NAME without rgb_": lambda name: f"pred_{name.removeprefix('rgb_')}",
     "NAME_pred": lambda name: f"{name}_pred",  # GeoWizard, Marigold's script for pictures
 }
@@ -24,7 +24,7 @@ FORMS = {
 def find_prediction(folder, name):
     """(file, form) of the prediction for a sample: the form is one of FORMS; (None, None) if none.
 
-    Under the form's name in the sample's folder; .npy before .png.
+    Searches the sample's folder for the name in each form; .npy before .png.
     """
     place = Path(folder) / name
     for form, renamed in FORMS.items():
@@ -36,9 +36,9 @@ def find_prediction(folder, name):
 
 
 def state(folder, names):
-    """({form: count} of the predictions for these names that are there, a digest of their state).
+    """({form: count} of the existing predictions for these names, a digest of their state).
 
-    The digest is of when they were last written and of their sizes.
+    The digest covers the files' paths, sizes and times of last change.
     """
     digest, forms = hashlib.sha256(), Counter()
     for name in names:
@@ -53,7 +53,7 @@ def state(folder, names):
 def read_prediction(folder, name, size, uncropped=None):
     """The prediction for a sample, a 16-bit .png or .npy -> float64 H,W, as stored.
 
-    name: of the sample; size: height and width of its truth. uncropped: of the whole image, where
+    name: the sample's; size: height and width of its truth. uncropped: the whole image's size if
     the truth is KITTI's benchmark crop of it; a prediction of that size is cropped, too. Raises
     BadSample, naming the file, if it is missing, not readable, of another size or not finite.
     """

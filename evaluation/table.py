@@ -1,8 +1,8 @@
-"""The scores of an evaluation as text: a table beside the published ones, and how they came."""
+"""The scores of an evaluation as text: a table with published scores, then the way of scoring."""
 
 from data.sources import BENCHMARKS
 
-COLUMNS = {  # score: heading, factor and digits of what is printed
+COLUMNS = {  # score: heading, factor and digits of the printed number
     "abs_rel": ("AbsRel", 100, 2), "delta1": ("d1", 100, 2), "delta2": ("d2", 100, 2),
     "delta3": ("d3", 100, 2), "sq_rel": ("SqRel", 1, 3), "rmse": ("RMSE", 1, 3),
     "rmse_log": ("RMSElog", 1, 3), "log10": ("log10", 1, 4), "irmse": ("iRMSE", 1, 4),
@@ -12,7 +12,7 @@ WIDTH = 9  # of a column
 
 
 def table(results):
-    """metrics.json's {set: what was found} -> lines."""
+    """metrics.json's {set: results} -> lines."""
     heads = "".join(f"{head:>{WIDTH}}" for head, _, _ in COLUMNS.values())
     yield f"{'set':<10}{'images':>13}  {'aligned in':<15}{heads} at size"
     for name, result in results.items():
@@ -32,7 +32,7 @@ def table(results):
 
 
 def row(name, images, align, scores, remark=""):
-    """One line of the table; a score that is not there is a dash."""
+    """One line of the table; a missing score is a dash."""
     line = f"{name:<10}{images:>13}  {align:<15}"
     for key, (_, factor, digits) in COLUMNS.items():
         number = f"{scores[key] * factor:.{digits}f}" if key in scores else "-"
@@ -41,7 +41,7 @@ def row(name, images, align, scores, remark=""):
 
 
 def describe_count(result):
-    """How many images a set's means are of and, where it is known, should be."""
+    """The number of images in a set's means and, if known, the expected number."""
     count, expected = result["images"], result["expected_images"]
     return str(count) if expected is None else f"{count} of {expected}"
 

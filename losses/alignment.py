@@ -1,4 +1,4 @@
-"""Stage 1's feature alignment: the U-Net learns what a semantic encoder sees.
+"""Stage 1's feature alignment: the U-Net learns the features of a semantic encoder.
 
 arXiv 2501.02576, section III-B, Eq. 4-5.
 """
@@ -23,18 +23,18 @@ class FeatureAdapter(nn.Sequential):
 
 
 def teacher_image(image):
-    """The encoder's view of images B,3,H,W in [-1,1]: ImageNet-normalised, 7/8 of the size.
+    """The encoder's input for images B,3,H,W in [-1,1]: ImageNet-normalised, 7/8 of the size.
 
-    480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image's (other sizes:
+    480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image (other sizes:
     rounded down to whole patches, at least one); bicubic without antialias.
     """
     mean, std = imagenet_statistics(image.device)
-    # Deviation: of the picture in [0,1]; released, the statistics meet the one in [-1,1].
+    # Deviation: normalises the image in [0,1]; the released code normalises it in [-1,1].
     size = [max(side // 16, 1) * 14 for side in image.shape[2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
 
 
-@cache  # a GPU would have to be waited for each time
+@cache  # each copy to a GPU would make the CPU wait
 def imagenet_statistics(device):
     """Mean and standard deviation of the channels, 2,3,1,1 on a device."""
     return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[..., None, None]
@@ -53,12 +53,12 @@ def feature_alignment_loss(adapted, target, kind="kl"):
     """Distance of adapted features B,N,D to the encoder's B,N,D -> per sample B (Eq. 5).
 
     `kl`: KL(softmax(target) || softmax(adapted)) along channels, **mean over every element**, which
-    is 1/D of the KL per token: only so does the paper's weight 1 mean the same. `cosine`: 1 minus
-    the cosine similarity, mean over tokens.
+    is 1/D of the KL per token: the paper's weight 1 is for this mean. `cosine`: 1 minus the cosine
+    similarity, mean over tokens.
     """
     adapted, target = adapted.float(), target.float()
     if kind == "cosine":
         return 1 - F.cosine_similarity(adapted, target, dim=-1).mean(dim=1)
-    # Deviation: the reduction is not stated.
+    # Deviation: the paper does not state the reduction.
     log_p, log_q = F.log_softmax(target, dim=-1), F.log_softmax(adapted, dim=-1)
     return (log_p.exp() * (log_p - log_q)).mean(dim=(1, 2))

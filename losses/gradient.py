@@ -1,8 +1,8 @@
 """Stage 2's losses on decoded maps: pixels, and gradients in four directions.
 
 DepthMaster, arXiv 2501.02576, section III-C, Eq. 8 and 10. Maps are normalised targets, about
-[-1,1]; the prediction is not clipped. The target's float32 (or float64) makes the differences
-float32 whatever the prediction's precision.
+[-1,1]; the prediction is not clipped. Targets are float32 (or float64), so the differences
+are, too, at any precision of the prediction.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 
 def pixel_loss(pred, target, valid):
     """Squared error of maps B,1,H,W over valid pixels (bool) -> per sample B."""
-    # Invalid pixels may hold anything, NaN too: they go before their gradient can be NaN.
+    # Invalid pixels may hold any value, also NaN: `where` keeps it out of the gradient.
     return masked_mean(torch.where(valid, pred - target, 0).square(), valid)
 
 
@@ -19,8 +19,8 @@ def gradient_loss(pred, target, valid, delta=0.2):
 
     A difference counts where both of its pixels are valid. Maps need two rows and two columns.
     """
-    error = torch.where(valid, pred - target, 0)  # the gradient of a difference: one pass
-    # Deviation: released, invalid pixels count as 0 and the loss jumps at delta.
+    error = torch.where(valid, pred - target, 0)  # gradients of the difference: one pass
+    # Deviation: in the released code invalid pixels count as 0 and the loss jumps at delta.
     both_valid = torch.stack([here & there for here, there in neighbours(valid)], dim=1)
     return masked_mean(reversed_huber(directional_gradients(error), delta), both_valid)
 

@@ -1,6 +1,6 @@
 """DepthMaster: an image in, one pass through Stable Diffusion 2, a depth map out.
 
-arXiv 2501.02576, section III. What comes out is square-root disparity up to scale and shift:
+arXiv 2501.02576, section III. The output is square-root disparity up to scale and shift:
 1 = near, 0 = far.
 """
 
@@ -20,14 +20,14 @@ from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
 KINDS = ("sd2", "stage1", "stage2")
-MANY_PIXELS = 4 << 20  # of a batch whose maps should not lie in memory several times
+MANY_PIXELS = 4 << 20  # in a batch; above this, GPUs too compute in strips, to save memory
 
 
 class DepthMaster(nn.Module):
-    """The model with what its file says of it; the defaults are those of the paper, SD2-sized.
+    """The networks with the settings of a model file; the defaults are the paper's, at SD2's size.
 
     vae, unet: keywords of `AutoencoderKL` and `UNet`, where they differ from SD2's.
-    target: what the decoded map is, `sqrt_disparity`, `disparity` or `depth`, in [-1,1].
+    target: the quantity in the decoded map, `sqrt_disparity`, `disparity` or `depth`, in [-1,1].
     train_size: (height, width) of training; processing_res: longest side in prediction.
     """
 
@@ -52,7 +52,7 @@ class DepthMaster(nn.Module):
         return model
 
     def become(self, kind, target=None, train_size=None):
-        """Says what training makes of it: kind, target and (height, width), where they change."""
+        """Sets the trained model's kind, target and train_size (height, width); None: unchanged."""
         self.kind = kind
         self.target = target or self.target
         self.train_size = tuple(train_size or self.train_size)
@@ -85,10 +85,10 @@ class DepthMaster(nn.Module):
             return False
 
     def for_inference(self, device="cpu", precision="auto", timesteps=(1,)):
-        """Makes the model fast, and unfit for training and saving; returns it.
+        """Makes the model fast and returns it; afterwards it can't be trained or saved.
 
         Brings it to a device and a precision (nets/inference/precision.py), channels last, and
-        folds constants into weights (nets/inference/folds.py). timesteps: of the later passes.
+        folds constants into weights (nets/inference/folds.py). timesteps: as for `forward`.
         """
         if not self.folded:
             fold(self, timestep=tuple(timesteps) == (1,))
@@ -99,10 +99,10 @@ class DepthMaster(nn.Module):
     def forward(self, image, timesteps=(1,)):
         """image B,3,H,W in [-1,1] -> depth map B,1,8h,8w, clipped to [-1,1] (Eq. 1-2).
 
-        h, w are H/8, W/8 rounded down. float32 in, float32 out, whatever the weights' precision;
-        what is not finite becomes NaN.
-        timesteps: of the passes, each of which starts from the last one's output; the method has
-        one, at t = 1 (no noise, no scheduler: the output is the latent).
+        h, w are H/8, W/8 rounded down. Input and output are float32 at any precision of the
+        weights; infinite values become NaN.
+        timesteps: one per pass; each pass takes the output of the pass before. The method has one
+        pass, at t = 1 (no noise, no scheduler: the output is the latent).
         """
         latent = self.encode(image.to(self.dtype))
         for timestep in timesteps:
@@ -110,7 +110,7 @@ class DepthMaster(nn.Module):
         return clipped(self.decode_depth(latent))
 
     def decode_depth(self, latent):
-        """latent B,4,h,w -> depth map B,1,8h,8w: the decoder's channels' mean, not clipped."""
+        """latent B,4,h,w -> depth map B,1,8h,8w: mean of the decoder's channels, not clipped."""
         pixels = 64 * latent[:, 0].numel()
         way = strips.decode if self.in_strips(pixels) else AutoencoderKL.decode
         return way(self.vae, latent).mean(dim=1, keepdim=True)
@@ -121,7 +121,7 @@ class DepthMaster(nn.Module):
         return way(self.vae, image)
 
     def in_strips(self, pixels):
-        """Whether the autoencoder goes in strips: without gradients, on a CPU or if it is much."""
+        """Whether the autoencoder works in strips: no gradients, and a CPU or many pixels."""
         much = self.device.type == "cpu" or pixels > MANY_PIXELS
         return much and not torch.is_grad_enabled()
 
@@ -133,7 +133,7 @@ class DepthMaster(nn.Module):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be uint8 of shape H,W,3, not {image.dtype} of shape "
                              f"{image.shape}.")
-        x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # a mirrored view, too
+        x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # for negative strides
         return self.predict_batch(x[None], processing_res)[0].cpu().numpy()
 
     @torch.inference_mode()
@@ -143,7 +143,7 @@ class DepthMaster(nn.Module):
         timesteps: as in `forward`. If half precision overflows, the model goes on in float32 and
         warns (UserWarning). ValueError if the result is not finite in float32.
         """
-        x = images.to(self.device).contiguous().float()  # a view of H,W,3, too
+        x = images.to(self.device).contiguous().float()  # also for a view of H,W,3
         x = resize(x, self.processing_size(images.shape[2:], processing_res))
         x = x.round().clamp(0, 255)  # to 8 bits, as a saved picture would be
         depth = to_unit_map(self(x / 127.5 - 1, timesteps), images.shape[2:])
@@ -158,7 +158,7 @@ class DepthMaster(nn.Module):
     def round_trip(self, targets, processing_res=None):
         """Normalised targets B,1,H,W in [-1,1], encoded and decoded -> float32 B,H,W in [0,1].
 
-        What the autoencoder alone leaves of the truth: the I2L row of Table II.
+        This shows the error of the autoencoder alone: the I2L row of Table II.
         """
         size = self.processing_size(targets.shape[2:], processing_res)
         x = F.interpolate(targets.to(self.device), size=size, mode="nearest-exact")
@@ -168,7 +168,7 @@ class DepthMaster(nn.Module):
     def processing_size(self, size, processing_res=None):
         """(height, width) at which a picture of another size is processed, as in `predict`."""
         longest = self.processing_res if processing_res is None else processing_res
-        # Deviation: whole numbers, where a ratio in floating point can lose a pixel.
+        # Deviation: integer arithmetic, because a floating-point ratio can lose a pixel.
         processed = [max(side * longest // max(size), 1) if longest else side for side in size]
         if min(processed) < 8:
             raise ValueError(f"an image of {size[0]} x {size[1]} pixels is too thin: after "
@@ -185,7 +185,7 @@ class DepthMaster(nn.Module):
 
 
 def clipped(depth):
-    """To float32 and [-1,1]; infinite numbers, which would look like a result then, to NaN."""
+    """Clips to [-1,1] in float32; infinities become NaN, as clipping would make them look valid."""
     return depth.float().nan_to_num(torch.nan, torch.nan, torch.nan).clamp(-1, 1)
 
 

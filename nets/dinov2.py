@@ -86,7 +86,7 @@ class Block(nn.Module):
 class DINOv2(nn.Module):
     """The encoder; the keywords' defaults are those of ViT-g/14.
 
-    (width, depth, heads, swiglu) of the others: S (384, 12, 6, False), B (768, 12, 12, False),
+    (width, depth, heads, swiglu) of other models: S (384, 12, 6, False), B (768, 12, 12, False),
     L (1024, 24, 16, False). grid: patches per side of the stored position embeddings.
     """
 
@@ -109,8 +109,8 @@ class DINOv2(nn.Module):
     def position_embedding(self, rows, columns):
         """Position embeddings 1,1+rows*columns,D for a grid of another size.
 
-        Bicubic by scale factor (n + 0.1)/grid as the official code does; asking for the size
-        instead gives other numbers.
+        Bicubic by scale factor (n + 0.1)/grid as in the official code; interpolation to a given
+        size gives other numbers.
         """
         if (rows, columns) == (self.grid, self.grid):
             return self.pos_embed

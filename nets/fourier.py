@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TINY = 1e-6  # a frequency below this, in a map of about unit size, is rounding
+TINY = 1e-6  # amplitudes below this are rounding errors (in maps of about unit magnitude)
 
 
 class FourierEnhancement(nn.Module):
     """B,C,h,w -> B,C,h,w; C is a multiple of 8. There is no skip around it.
 
-    init: `default`, PyTorch's, which replaces the feature by an unrelated one when stage 2 begins;
-    `identity`, at first the output is the normalised input.
+    init: `default`: PyTorch's; when stage 2 begins, it replaces the feature by an unrelated one.
+    `identity`: when stage 2 begins, the output is the normalised input.
     """
 
     def __init__(self, channels=1280, init="default"):
@@ -35,7 +35,7 @@ class FourierEnhancement(nn.Module):
             self.start_as_identity()
 
     def start_as_identity(self):
-        """Lets the spatial pass return its input, and the fusion take that alone."""
+        """Makes the spatial pass return its input, and the fusion return the spatial pass."""
         for layer in (self.conv_s2, self.fuse):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -48,7 +48,7 @@ class FourierEnhancement(nn.Module):
     def spatial_pass(self, n):
         return self.conv_s2(F.silu(self.conv_s1(n))) + n
 
-    @torch.compiler.disable  # what compiles the rest knows no complex numbers
+    @torch.compiler.disable  # the compiler can't handle complex numbers
     def frequency_pass(self, n):
         f = F.silu(self.conv_f1(n))
         amplitude, phase = to_polar(f)  # B,C,h,w/2+1
@@ -61,23 +61,23 @@ def to_polar(x):
     """Real maps B,C,h,w -> amplitude and phase of their spectra, B,C,h,w/2+1, at least float32.
 
     Always in float32 (float64 stays): there is no FFT in bfloat16, and in half precision only for
-    some sizes. The phase of a frequency of rounding's size has a value but no gradient: its true
-    one, 1/amplitude, is huge or NaN.
+    some sizes. Where the amplitude is below TINY, the phase has a value but no gradient: the true
+    gradient, 1/amplitude, is huge or NaN.
     """
     spectrum = torch.fft.rfft2(at_least_float32(x), norm="ortho")
     spectrum = real_where_it_must_be(spectrum, x.shape[2:])
     amplitude = spectrum.abs()
-    tiny = amplitude < TINY  # Deviation: released, their gradient is huge or NaN
+    tiny = amplitude < TINY  # Deviation: in the released code their gradient is huge or NaN
     phase = torch.where(tiny, 1, spectrum).angle()
     return amplitude, torch.where(tiny, spectrum.detach().angle(), phase)
 
 
 def real_where_it_must_be(spectrum, size):
-    """Clears the imaginary part of those frequencies that are their own mirror image.
+    """Clears the imaginary part of the frequencies that are their own mirror image.
 
-    It is 0 but for rounding, and the sign of that 0 would decide between a phase of pi and -pi.
+    This part is 0 apart from rounding; its random sign would choose between phases pi and -pi.
     """
-    # Deviation: the released code takes whatever sign comes.
+    # Deviation: the released code keeps the random sign.
     rows, columns = (slice(0, None, side // 2) if side % 2 == 0 else 0 for side in size)
     imaginary = spectrum.imag.clone()
     imaginary[:, :, rows, columns] = 0
@@ -93,13 +93,13 @@ def from_polar(amplitude, phase, size):
 
 
 def symmetric(spectrum, width):
-    """The part of a half spectrum B,C,h,w/2+1 that belongs to real maps of a width.
+    """Projects a half spectrum B,C,h,w/2+1 onto the spectra of real maps of a width.
 
-    Columns 0 and w/2 (w even) are their own mirror images: row -k is the conjugate of row k there.
-    After the convolutions it is not, and libraries differ in what they make of the rest: a CPU's
-    drops it (so here nothing changes), a GPU's mixes it in.
+    In the spectrum of a real map, row -k is the conjugate of row k in columns 0 and w/2 (w even).
+    The convolutions break this symmetry. FFT libraries treat the asymmetric part differently: on a
+    CPU the library drops it (so nothing changes there), on a GPU it enters the result.
     """
-    # Deviation: the released code leaves it to the library.
+    # Deviation: the released code leaves the asymmetric part to the library.
     columns = [0, width // 2] if width % 2 == 0 else [0]
     own = spectrum[..., columns]  # B,C,h,1-2
     mirrored = own.flip(2).roll(1, dims=2).conj()  # row -k in place of row k

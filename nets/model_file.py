@@ -18,35 +18,35 @@ from safetensors import SafetensorError, safe_open
 from storage import stand_in, whole
 
 FORMAT = 1
-USE = {"target", "train_size", "processing_res"}  # of a config: what is no network's size
+USE = {"target", "train_size", "processing_res"}  # keys of a config that are not sizes of a network
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
 KEY = "depthmaster"
 MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
            "stage2": "train_stage2.py"}
-# In the order in which the library writes them, last to first.
+# The library writes tensors in the reverse of this order of types.
 DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
           torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
           torch.float64: "F64", torch.int64: "I64"}
 TARGETS = ("sqrt_disparity", "disparity", "depth")
-LONGEST = (8, 8192)  # sides that an image may have in training and prediction
-PART = 1 << 27  # bytes that are converted before a file is mapped anew
-PIECE = 1 << 17  # numbers that are converted and rearranged while they are in the cache
+LONGEST = (8, 8192)  # smallest and largest side of an image in training and prediction
+PART = 1 << 27  # bytes to convert before a file is mapped anew
+PIECE = 1 << 17  # numbers to convert and rearrange at a time, so that they stay in the cache
 
 
 def save(path, tensors, header):
     """Writes {name: tensor} and the header, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One key: the library writes several in random order, and equal models must be equal bytes.
+    # One key only: the library writes several keys in random order; equal models need equal bytes.
     metadata = {KEY: json.dumps({"format": FORMAT, **header}, sort_keys=True)}
     with whole(path, lasting=True) as temporary:
         write_tensors(temporary, tensors, metadata)
 
 
 def write_tensors(path, tensors, metadata):
-    """A .safetensors file, byte for byte the library's, which would need a copy of all tensors.
+    """Writes a .safetensors file with the library's bytes, but without a copy of all tensors.
 
-    (It takes contiguous ones only, and a trainer's are channels last.)
+    The library takes only contiguous tensors, and a trainer's tensors are channels last.
     """
     kinds = list(DTYPES)
     names = sorted(tensors, key=lambda name: (-kinds.index(tensors[name].dtype), name))
@@ -65,7 +65,7 @@ def write_tensors(path, tensors, metadata):
 
 
 def read_header(path, kinds=tuple(MADE_BY)):
-    """The header of a model file. ValueError if it is no such file or of another kind."""
+    """The header of a model file. ValueError if the file is no model file or of another kind."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} {what_is_there(path)}: give a model file that "
@@ -88,9 +88,9 @@ def read_header(path, kinds=tuple(MADE_BY)):
 
 @contextmanager
 def open_weights(path, device="cpu"):
-    """A .safetensors file, opened by its library: what it holds is mapped, not read.
+    """Opens a .safetensors file with its library; the tensors are mapped, not read.
 
-    ValueError that says what the file is if it is none.
+    ValueError if it is another kind of file; the message says which, if known.
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -102,7 +102,7 @@ def open_weights(path, device="cpu"):
 
 
 def holds_networks(folder):
-    """Whether it is a folder of diffusers, or of a trainer that saves as it does."""
+    """Whether a folder has the layout of diffusers; some trainers save in this layout, too."""
     return any((folder / name).is_dir() for name in ("unet", "unet_ema", "vae"))
 
 
@@ -133,7 +133,7 @@ def parsed(text, path):
 
 
 def usable(config):
-    """Whether what a model's file says of its use, where it says it, is what users of it expect."""
+    """Whether the values for USE in a config are valid; a missing value is valid, too."""
     height, width = config.get("train_size", (LONGEST[0], LONGEST[0]))
     sides = (height, width, config.get("processing_res", LONGEST[0]))
     return config.get("target", TARGETS[0]) in TARGETS and all(
@@ -141,7 +141,7 @@ def usable(config):
 
 
 def is_size(name, value):
-    """Whether a value can be that of one of our constructors' keywords."""
+    """Whether a value is valid for this keyword of our networks' constructors."""
     if name in ("swiglu", "fourier"):
         return isinstance(value, bool)
     if name == "attention":
@@ -150,28 +150,28 @@ def is_size(name, value):
         return type(value) in (int, float) and 0 < value < math.inf
     listed = {"channels": (True,), "heads": (True, False)}.get(name, (False,))
     values = value if isinstance(value, list) else [value]
-    limit = 256 if name in ("layers", "depth") else 100_000  # what a network could have
+    limit = 256 if name in ("layers", "depth") else 100_000  # no network has more
     return isinstance(value, list) in listed and 0 < len(values) <= 32 and all(
         type(part) is int and 0 < part <= limit for part in values)
 
 
 def networks(config):
-    """The sizes of each network of a model, dicts."""
+    """The constructor keywords of each network of a model: a list of dicts."""
     return [config[name] for name in ("vae", "unet") if name in config] or [config]
 
 
 def build(constructor, config, path, device="cpu", dtype=None):
     """Builds a module without initialising it and fills it from the file, strictly.
 
-    The module is made on the meta device and the file is mapped, so that neither 866 M random
-    numbers are drawn nor the weights held twice. dtype None: float32.
+    The module is made on the meta device and the file is mapped. This avoids drawing 866 M random
+    numbers and holding the weights twice. dtype None: float32.
     """
     with open_weights(path) as file:
         names = file.keys()
     least = sum(max(len(each.get("channels", ())) * each.get("layers", 1), each.get("depth", 0))
                 for each in networks(config))
     try:
-        if least > len(names):  # building it could take long
+        if least > len(names):  # building so many layers could take long
             raise ValueError(f"it has {len(names)} tensors")
         with torch.device("meta"):
             module = constructor(**config)
@@ -194,10 +194,10 @@ def build(constructor, config, path, device="cpu", dtype=None):
 
 
 def read_tensors(path, names, device, dtype):
-    """{name: tensor} of a file, on a device and in a type; without conversion, they stay mapped.
+    """{name: tensor} of a file on a device and in a dtype; tensors of that dtype stay mapped.
 
-    What was read of a mapped file counts as memory until the map is gone, so it is opened again
-    every PART bytes. ValueError if another file has taken its place meanwhile.
+    Pages read from a map count as the process's memory until the map is closed, so the file is
+    mapped anew every PART bytes. ValueError if another file replaced it meanwhile.
     """
     tensors, names = {}, list(reversed(names))
     with open(path, "rb") as first:
@@ -217,11 +217,11 @@ def read_tensors(path, names, device, dtype):
 
 
 def converted(tensor, dtype):
-    """A contiguous tensor in another type; a convolution's weights channels last, as used."""
+    """Casts a contiguous tensor; the weights of a convolution become channels last, as used."""
     if tensor.ndim != 4:
         return tensor.to(dtype)
     result = torch.empty_like(tensor, dtype=dtype, memory_format=torch.channels_last)
-    # In two steps, the second within the cache: numbers of half the size are faster to rearrange.
+    # Cast first, then rearrange within the cache: numbers of half the size rearrange faster.
     count = max(PIECE // tensor.stride(0), 1) if tensor.device.type == "cpu" else len(tensor)
     for rows, place in zip(tensor.split(count), result.split(count)):
         place.copy_(rows.to(dtype))

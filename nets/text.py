@@ -1,7 +1,7 @@
 """The CLIP text encoder of Stable Diffusion 2 (OpenCLIP ViT-H/14, arXiv 2212.07143).
 
-Depth estimation needs one thing of it: what it makes of the empty prompt. The converter computes
-that once and stores it in the U-Net; nothing else uses this file.
+Depth estimation needs only its embedding of the empty prompt. The converter computes this embedding
+once and stores it in the U-Net; nothing else uses this file.
 """
 
 import torch
@@ -47,8 +47,8 @@ class Block(nn.Module):
 class TextEncoder(nn.Module):
     """The encoder; the keywords' defaults are those of Stable Diffusion 2.
 
-    depth: blocks that are used. The original model has 24 and Stable Diffusion 2 leaves out the
-    last: what follows the 23rd is the final LayerNorm.
+    depth: number of blocks. The original model has 24; Stable Diffusion 2 leaves out the last and
+    applies the final LayerNorm after the 23rd.
     """
 
     def __init__(self, *, width=1024, depth=23, heads=16, hidden=4096, vocabulary=49408,

@@ -28,7 +28,7 @@ def timestep_embedding(timestep, width):
 
 
 def silu(x):
-    """In place where nobody needs the input again."""
+    """SiLU; in place when no gradient will need the input."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -96,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Self-attention, attention to the text, feed-forward, around it a skip: B,C,H,W -> B,C,H,W."""
+    """Self-attention, attention to the text, feed-forward, inside a skip: B,C,H,W -> B,C,H,W."""
 
     def __init__(self, channels, text_width, heads, groups):
         super().__init__()
@@ -123,8 +123,8 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """One level: resnets, each followed by a transformer where the level has attention.
 
-    widths: channels that go into each resnet. `resize` leads to the next level; the U-Net, which
-    knows the sizes, calls it.
+    widths: input channels of each resnet. `resize` leads to the next level; the U-Net calls it,
+    because the U-Net knows the sizes.
     """
 
     def __init__(self, widths, channels, time_width, text_width, heads, groups, attention, stride):
@@ -173,7 +173,7 @@ class UNet(nn.Module):
         common = (time_width, text_width)
         last = len(channels) - 1
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips = [channels[0]]  # widths of what the way down leaves for the way up
+        skips = [channels[0]]  # channels of the skip connections from the way down to the way up
         for level, width in enumerate(channels):
             widths = [skips[-1]] + [width] * (layers - 1)
             self.down.append(Block(widths, width, *common, heads[level], groups, attention[level],
@@ -232,7 +232,7 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self._run(block.layer, index, x, time, text)
             if block.resize is not None:
-                # Odd sizes: up to the size of the next skip, never blindly x2.
+                # Enlarge to the size of the next skip: for odd sizes x2 would be wrong.
                 x = enlarge(x, block.resize, size=skips[-1].shape[2:])
         return self.conv_out(silu(self.norm_out(x))), features[feature]
 

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return x + self.attend(self.norm(x))
 
     def attend(self, n):
-        """What is added to a map, from the normalised map."""
+        """The residual that attention adds to a map, computed from the normalised map."""
         height = n.shape[2]
         n = rearrange(n, "b c h w -> b 1 (h w) c")  # one head
         n = attention(self.q(n), self.k(n), self.v(n))
@@ -155,8 +155,8 @@ class Decoder(nn.Module):
 
 
 def in_float32(conv, x, padding):
-    """A convolution in float32 at least, whatever the precision around it."""
-    # Deviation: released, in the networks' precision: a map has some 2,000 values in bfloat16.
+    """A convolution in at least float32, at any precision of the other layers."""
+    # Deviation: the released code uses the networks' precision; bfloat16 gives some 2,000 values.
     exact = torch.promote_types(x.dtype, torch.float32)
     device = x.device.type if not x.is_meta else "cpu"  # autocast knows no meta device
     with torch.autocast(device, enabled=False):

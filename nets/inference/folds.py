@@ -1,9 +1,9 @@
-"""What is constant in a trained model, computed once: for inference only, with the same numbers.
+"""Folds the constants of a trained model into its weights: for inference only, same numbers.
 
 The time step is always 1 and the text always the same two tokens, so the time embedding becomes
 part of biases, and each attention to the text, a softmax over two scores, becomes one gate per
-head: the sigmoid of the scores' difference. Of SD2's U-Net 75 M weights are gone then. The mean
-over the decoder's three channels is a mean of the weights that make them.
+head: the sigmoid of the scores' difference. This removes 75 M weights of SD2's U-Net. The mean over
+the decoder's three channels becomes a mean over the output weights of the last convolution.
 """
 
 import torch
@@ -14,7 +14,7 @@ from nets.unet import Resnet, Transformer, timestep_embedding
 
 
 def fold(model, timestep=True):
-    """Folds a DepthMaster in place. timestep: also the time step, after which there is only 1."""
+    """Folds a DepthMaster in place. timestep: also folds the time step, which is then always 1."""
     for module in model.unet.modules():
         if isinstance(module, Transformer) and len(model.unet.text_embedding) == 2:
             module.cross_attention = gates(module.cross_attention, model.unet.text_embedding)
@@ -59,7 +59,7 @@ def linear(weight, bias, like):
 
 @torch.no_grad()
 def fold_timestep(unet):
-    """Adds what time step 1 adds after each resnet's first convolution to that one's bias."""
+    """Adds each resnet's projection of time step 1 to the bias of its first convolution."""
     if unet.time_embedding is None:
         return
     one = torch.ones(1, device=unet.text_embedding.device)

@@ -1,4 +1,4 @@
-"""What `auto` precision means: the one that a device computes faster in."""
+"""Chooses the precision for `auto`: the one in which a device computes faster."""
 
 import time
 from functools import lru_cache
@@ -6,21 +6,21 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-WORTH_IT = 0.85  # of float32's time: less is no matter of chance
+WORTH_IT = 0.85  # bfloat16's time over float32's: below this the difference is no noise
 
 
 def choose(precision, device="cpu", training=False):
-    """(`float32`, `bfloat16` or `float16`, why as a sentence) for a precision that may be `auto`.
+    """(`float32`, `bfloat16` or `float16`, reason as a sentence) for a precision or `auto`.
 
-    auto: bfloat16 on GPUs that compute in it and on CPUs that are measured to be faster in it;
-    else float32, but for predictions on older GPUs float16. Why is empty if it was asked for.
+    auto: bfloat16 on GPUs that compute in it and on CPUs where it is measured to be faster; float16
+    for predictions on older GPUs; else float32. The reason is empty if the caller named one.
     """
     # Deviation: the paper names no precision.
     if precision != "auto":
         return precision, ""
     device = torch.device(device)
     if device.type == "cuda":
-        # Without emulation: what is emulated is slow.
+        # Only native bfloat16 counts: emulation is slow.
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         slow = "float32" if training else "float16"
         precision, why = ("bfloat16", "computes") if fast else (slow, "does not compute")
@@ -37,9 +37,9 @@ def choose(precision, device="cpu", training=False):
 def bfloat16_share():
     """The time of a convolution in bfloat16 over that in float32, on this processor.
 
-    Measured in under 0.1 s, as what a processor says of itself does not tell: with AVX512-BF16
-    alone some are faster in bfloat16 and some slower. One thread and its own time, the two types
-    in turn, the best of six: so what else runs on the machine does not matter.
+    Measured in under 0.1 s, because the processor's feature flags do not tell: with AVX512-BF16
+    alone, some processors are faster in bfloat16 and some slower. One thread, its own CPU time, the
+    two types in turn, the best of six: so other programs on the machine do not matter.
     """
     threads = torch.get_num_threads()
     kinds = (torch.float32, torch.bfloat16)
@@ -59,6 +59,6 @@ def bfloat16_share():
                     break  # emulated, and slow enough to be noticed
     finally:
         torch.set_num_threads(threads)
-    if min(best.values()) == 0:  # a clock that is too coarse
+    if min(best.values()) == 0:  # the clock is too coarse
         return 1.0
     return best[torch.bfloat16] / best[torch.float32]

@@ -1,13 +1,12 @@
 """The autoencoder without gradients: large maps in strips of rows, with the same numbers.
 
-At the picture's own size a map of the autoencoder fits no cache, and at 12 megapixels the memory
-not twice. So normalisation, activation and convolution of a strip follow each other while it is in
-the cache, the sum with the skip is written over the input, and a map of more than LARGE bytes is
-computed wherever it is looked at, in place of being kept. Nothing is cut off at the borders of
-strips: each is computed from as many rows above and below as its convolutions see, and group
-normalisation has the statistics of the whole map.
+At the picture's own size a map of the autoencoder exceeds the cache, and at 12 megapixels two maps
+exceed the memory. So each strip is normalised, activated and convolved while it is in the cache,
+the sum with the skip overwrites the input, and a map of more than LARGE bytes is not kept: its rows
+are computed at each use. Strips do not change the numbers: each strip is computed from as many rows
+above and below as its convolutions need, and group normalisation uses the whole map's statistics.
 
-The layers are those of nets/vae.py, whose forward() is the plain way, which training takes.
+The layers are those of nets/vae.py; training uses their own forward().
 """
 
 import torch
@@ -16,11 +15,11 @@ import torch.nn.functional as F
 from nets.ops.enlarge import enlarge_rows, phase_kernels
 from nets.vae import in_float32
 
-# Pixels in a strip. On a CPU few, so that it stays in the cache, but enough that the work outweighs
-# what each convolution first does to its weights; on other devices enough to be busy.
+# Pixels in a strip. On a CPU: few, so that the strip stays in the cache, but enough to outweigh the
+# cost of preparing each convolution's weights. On other devices: enough to keep the device busy.
 STRIP, LARGE_STRIP = 1 << 13, 1 << 19
-ROWS = 16  # at least, as the rows above and below a strip are computed again for its neighbours
-LARGE = 3 << 29  # bytes of a map that is too much to keep beside another
+ROWS = 16  # at least: neighbouring strips both compute the rows around their border
+LARGE = 3 << 29  # bytes; a larger map is not kept in memory beside another map
 
 
 def encode(vae, image):
@@ -59,15 +58,15 @@ class Map:
         self.dtype, self.device = x.dtype, x.device
 
     def rows(self, first, last):
-        """Rows first to last, as far as there are any; not to be written to."""
+        """Rows first to last, without those outside the map; callers must not write to them."""
         return self.x[:, :, max(first, 0):last]
 
     def padded(self, first, last):
-        """Rows first to last, zeros where there are none."""
+        """Rows first to last, with zeros for rows outside the map."""
         return pad_rows(self.rows(first, last), first, last, self.shape[2])
 
     def strips(self):
-        """(first, last) of strips of rows; an even number of rows each, but for the last."""
+        """Yields (first, last) of each strip; all but the last have an even number of rows."""
         height, width = self.shape[2:]
         pixels = STRIP if self.device.type == "cpu" else LARGE_STRIP
         count = max(pixels // width // 2 * 2, ROWS)
@@ -76,7 +75,7 @@ class Map:
 
 
 class Computed(Map):
-    """A map of which nothing is kept: `rows` is a function that computes them."""
+    """A map that is not stored: the function `rows` computes its rows at each use."""
 
     def __init__(self, rows, shape, like):
         self.compute, self.shape = rows, tuple(shape)
@@ -101,7 +100,7 @@ class Enlarged(Computed):
 
 
 def pad_rows(x, first, last, height):
-    """Rows first to last of a map, as far as they are in it, with zeros for the others."""
+    """Adds zero rows to `x`, the rows first to last of a map, for rows outside the map."""
     missing = max(-first, 0), max(last - height, 0)
     return F.pad(x, (0, 0, *missing)) if any(missing) else x
 
@@ -113,11 +112,11 @@ def kept_if_small(x):
 
 
 def kept(x, out=None):
-    """All rows of a map as a tensor B,C,H,W; `out`, where given, may be what they depend on."""
+    """All rows of a map as a tensor B,C,H,W, in `out` if given; `out` may be the map's input."""
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device,
                           memory_format=torch.channels_last)
-    ready = None  # one strip waits: the next one may still look at what it will be written over
+    ready = None  # a strip is written only after the next strip has read its input
     for first, last in x.strips():
         following = first, last, x.rows(first, last)
         if ready:
@@ -131,7 +130,7 @@ def kept(x, out=None):
 
 
 def resnet(block, x):
-    """As Resnet.forward; written over the input's memory where the widths are alike."""
+    """As Resnet.forward; the output overwrites a stored input of the same shape."""
     batch, _, height, width = x.shape
     first_act = NormAct(block.norm1, x)
     h = kept_if_small(Convolved(x, first_act, block.conv1))
@@ -170,7 +169,7 @@ class NormAct:
         self.weight, self.bias = norm.weight.to(exact), norm.bias.to(exact)
 
     def __call__(self, rows):
-        # With statistics that are known, it is what batch normalisation does: one pass.
+        # With known statistics this is batch normalisation, in one pass.
         x = [F.batch_norm(sample, mean, var, self.weight, self.bias, eps=self.eps)
              for sample, mean, var in zip(rows.split(1), self.mean, self.var)]
         x = torch.cat(x) if len(x) > 1 else x[0]
@@ -178,14 +177,14 @@ class NormAct:
 
 
 def statistics(x, norm):
-    """Mean and variance of each group of a map: B,G, joined in float64 from those of strips.
+    """Mean and variance of each group of a map: B,G, combined in float64 from the strips' own.
 
-    Exacter than PyTorch's own of a large map: its sums on the CPU are in float32 (relative error
-    8e-5 at 128,640,768 in channels_last; here 1e-5 at most, far from zero too).
+    More exact than PyTorch on a large map: PyTorch's CPU sums are in float32 (relative error 8e-5
+    at 128,640,768 in channels_last; here 1e-5 at most, also for values far from zero).
     """
     batch, channels, height, _ = x.shape
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's lack float64
-    # Added up in place: small results kept between large ones leave gaps that no large one fits.
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS lacks float64
+    # Summed in place: small tensors between large ones would fragment the memory.
     mean, square = torch.zeros(2, batch, channels, dtype=exact, device=x.device)
     for first, last in x.strips():
         share = (last - first) / height
@@ -202,7 +201,7 @@ def channel_statistics(x):
     exact = torch.promote_types(x.dtype, torch.float32)
     if x.device.type != "cpu":
         return torch.var_mean(x.to(exact), (0, 2, 3), correction=0)[::-1]
-    # Faster there, the first half of batch normalisation; its running averages are not used.
+    # On a CPU, batch normalisation's statistics are faster; the running averages are not used.
     running = torch.zeros(2, x.shape[1], dtype=exact)
     return torch.batch_norm_update_stats(x, *running, 0.0)
 
@@ -227,5 +226,5 @@ def middle(mid, x):
 
 
 def tail(network, x, exact=False):
-    """As the ends of Encoder.forward and, exact, Decoder.forward: the convolution in float32."""
+    """As the end of Encoder.forward or, with `exact` (convolution in float32), Decoder.forward."""
     return kept(Convolved(x, NormAct(network.norm_out, x), network.conv_out, exact))

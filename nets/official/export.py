@@ -12,7 +12,7 @@ from nets.official.source import NETWORKS, TEXT_CONSTANT
 
 
 def write_diffusers(model, folder):
-    """Writes unet/ and vae/ as diffusers loads them, and the text's constant beside them."""
+    """Writes unet/ and vae/ as diffusers loads them, and the text embedding beside them."""
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: give the name of a new folder.")
@@ -37,7 +37,7 @@ def write_network(folder, network, layout, settings):
 
 
 def theirs(net, config):
-    """Our keywords, defaults filled in, as config.json calls them."""
+    """(settings under config.json's names, our keywords with all defaults) of a network."""
     config = {**NETWORKS[net].__init__.__kwdefaults__, **config}
     return {**FIXED[net], **{name: config[ours] for ours, name in SETTINGS[net].items()}}, config
 

@@ -1,10 +1,10 @@
-"""How official files name the networks' tensors, and how we do.
+"""The names of the networks' tensors in official files, and our names for them.
 
-A layout is a list of pairs (theirs, ours) of name patterns. `#` stands for a number, the same ones
-in the same order on both sides; a pair holds for the name itself and for the name with `.weight` or
-`.bias` after it. Where ours is stacked from several tensors of theirs, theirs is a tuple. The same
-list is read in both directions: `our_name` to recognise a file's tensors, `their_names` to fetch or
-write them.
+A layout is a list of pairs (theirs, ours) of name patterns. `#` stands for a number; both sides
+have the same numbers in the same order. A pair also covers the names with `.weight` or `.bias` at
+the end. If one tensor of ours is stacked from several of theirs, theirs is a tuple. The list is
+read in both directions: `our_name` recognises a file's tensors, `their_names` gives the names
+for fetching or writing them.
 
 The names of Stability AI's single files are those of github.com/Stability-AI/stablediffusion, the
 others those of diffusers, transformers and github.com/facebookresearch/dinov2.
@@ -15,7 +15,7 @@ from functools import lru_cache
 
 
 def same(names):
-    """Pairs for what is called alike on both sides."""
+    """Pairs for names that are equal on both sides."""
     return [(name, name) for name in names.split()]
 
 
@@ -47,7 +47,7 @@ def their_names(name, layout):
 
 
 def count(pattern, names):
-    """One more than the largest number that stands for `#` where the names begin like this."""
+    """One more than the largest number for `#` among the names that begin with the pattern."""
     expression = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)") + r"\b")
     found = (expression.match(name) for name in names)
     return max((int(numbers[1]) + 1 for numbers in found if numbers), default=0)
@@ -108,7 +108,7 @@ RESNET_SINGLE = [("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layer
 
 
 def unet_single(names):
-    """The single file's U-Net: blocks are numbered through, so the numbers need its structure."""
+    """The single file's U-Net: block numbers run across levels; the names show the levels."""
     downs = [int(i) for i in re.findall(r"input_blocks\.(\d+)\.0\.op\.weight", " ".join(names))]
     layers = min(downs, default=1) - 1
     pairs = [
@@ -129,7 +129,7 @@ def unet_single(names):
             block = f"output_blocks.{first + i}"
             pairs += under(f"{block}.0", f"up.{level}.resnets.{i}", RESNET_SINGLE)
             pairs += under(f"{block}.1", f"up.{level}.attentions.{i}", TRANSFORMER)
-        place = 2 if f"{block}.1.norm.weight" in names else 1  # it comes after the attention
+        place = 2 if f"{block}.1.norm.weight" in names else 1  # after the attention, if any
         pairs.append((f"{block}.{place}.conv", f"up.{level}.resize"))
     return pairs
 
@@ -226,11 +226,11 @@ DINOV2_TRANSFORMERS = [
     ]),
 ]
 
-# -------------------------------------------------------------------------------------- which one
+# --------------------------------------------------------------------------------------- choosing
 
 
 def choose(net, names):
-    """The layout that a network's tensors are in. net: `unet`, `vae`, `text` or `dinov2`."""
+    """The layout of a network's tensors. net: `unet`, `vae`, `text` or `dinov2`."""
     if net == "unet":
         return unet_single(names) if "input_blocks.0.0.weight" in names else UNET_DIFFUSERS
     if net == "vae":

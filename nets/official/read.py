@@ -1,7 +1,7 @@
-"""Reads files of weights that come from elsewhere; nothing in them is ever executed.
+"""Reads weight files from other projects; nothing in them is ever executed.
 
-They are mapped, not read, as far as their format allows. What is wrong with one is a ValueError
-that names the file and says what to do.
+The files are mapped, not read, if their format allows it. A faulty file raises ValueError with the
+file's name and the remedy.
 """
 
 import json
@@ -21,7 +21,7 @@ ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 def find_weights(folder, *stems):
     """The weights in a folder: full precision before half, .safetensors before .bin; or None.
 
-    Of weights in several files it is their index (.index.json).
+    For weights in several files: their index (.index.json).
     """
     for variant in ("", ".fp16"):
         for ending in (".safetensors", ".bin"):
@@ -34,7 +34,7 @@ def find_weights(folder, *stems):
 
 
 def weights_file(folder, *stems):
-    """The same; FileNotFoundError if there are none."""
+    """As `find_weights`, but FileNotFoundError if there are none."""
     if found := find_weights(folder, *stems):
         return found
     raise FileNotFoundError(f"{folder} holds no {' or '.join(stems)} (.safetensors or .bin): give "
@@ -52,7 +52,7 @@ def read_settings(file):
 
 
 def read_json(file):
-    """What a file of JSON holds, in any of its encodings; ValueError if it is none."""
+    """The content of a JSON file, in any of JSON's encodings; ValueError if it is not JSON."""
     try:
         check_file(file, LARGEST)
         return json.loads(file.read_bytes())
@@ -62,12 +62,12 @@ def read_json(file):
 
 
 def read_tensors(file):
-    """{name: tensor} of a file of weights, told by its content, or of all those of an index."""
+    """{name: tensor} of a weight file (its content shows the format) or an index's files."""
     if file.suffix == ".json":
         return read_shards(file)
     if what := stand_in(file):
         raise ValueError(f"{file} {what}.")
-    if first_bytes(file)[8:9] != b"{":  # of .safetensors, where its header begins
+    if first_bytes(file)[8:9] != b"{":  # where the header of .safetensors begins
         return read_pickle(file)
     with model_file.open_weights(file) as opened:
         if model_file.KEY in (opened.metadata() or {}):
@@ -93,12 +93,12 @@ def shards(index):
 
 
 def files_of(file):
-    """The files that a file of weights stands for: itself and, of an index, the others."""
+    """The weight file itself and, if it is an index, the files that it lists."""
     return [file, *map(file.with_name, shards(file))] if file.suffix == ".json" else [file]
 
 
 def read_shards(index):
-    """{name: tensor} of all the files of an index; each has to hold what the index says."""
+    """{name: tensor} of an index's files; each must hold exactly the tensors in its list."""
     tensors = {}
     for name, expected in shards(index).items():
         file = index.with_name(name)
@@ -116,14 +116,14 @@ def read_shards(index):
 
 def read_pickle(file):
     """{name: tensor} of a pickle; nothing but tensors and plain containers is ever unpickled."""
-    misnamed = file.name.endswith(".safetensors")  # the library goes by the name, where it has one
-    archive = zipfile.is_zipfile(file)  # before torch 1.6 it was none
+    misnamed = file.name.endswith(".safetensors")  # given a path, torch.load goes by its ending
+    archive = zipfile.is_zipfile(file)  # before torch 1.6, files were no archives
     mapped = archive and not misnamed
     if archive and compressed(file):
         raise ValueError(f"{file} is compressed, which no file of PyTorch is, and could unpack to "
                          "any size: download it again, or unpack it if it is an archive.")
     try:
-        with (warnings.catch_warnings(action="ignore"),  # of odd protocols, of sparse tensors
+        with (warnings.catch_warnings(action="ignore"),  # about odd protocols, sparse tensors
               open(file, "rb") as opened):
             content = torch.load(opened if misnamed else file, map_location="cpu",
                                  weights_only=True, mmap=mapped)
@@ -150,7 +150,7 @@ def read_pickle(file):
 
 
 def plain(tensor):
-    """Whether it is a tensor with memory for each of its values; others stand for endless ones."""
+    """Whether it is a tensor with memory for each value; others could expand without limit."""
     return (torch.is_tensor(tensor) and tensor.layout == torch.strided and not tensor.is_quantized
             and tensor.device.type == "cpu"
             and tensor.nbytes <= tensor.untyped_storage().nbytes())

@@ -1,13 +1,13 @@
-"""How large an official network is: from its config.json, else from its tensors' shapes.
+"""The sizes of an official network: from its config.json, else from its tensors' shapes.
 
-config.json is diffusers' or transformers'; shapes tell all but the number of heads (64 channels
-each) and of groups (32).
+config.json is that of diffusers or transformers. The shapes give all sizes except the number of
+heads (taken as 64 channels each) and of groups (taken as 32).
 """
 
 from nets.model_file import is_size
 from nets.official.layouts import count
 
-# Our constructors' keywords and what config.json calls them; tables that are read both ways, too.
+# Our constructors' keywords -> config.json's names; the tables are read in both directions.
 SETTINGS = {
     "unet": {"in_channels": "in_channels", "out_channels": "out_channels",
              "channels": "block_out_channels", "layers": "layers_per_block",
@@ -22,7 +22,7 @@ SETTINGS = {
     "dinov2": {"width": "hidden_size", "depth": "num_hidden_layers", "swiglu": "use_swiglu_ffn",
                "heads": "num_attention_heads", "patch": "patch_size"},
 }
-# What the networks here have built in: another value in config.json is another network.
+# Fixed values of the networks here: another value in config.json means another network.
 FIXED = {
     "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
              "downsample_padding": 1, "center_input_sample": False, "mid_block_scale_factor": 1,
@@ -34,10 +34,10 @@ FIXED = {
 
 
 def sizes(net, shapes, settings):
-    """Keywords of our constructor: from config.json where it says, else from the tensors' shapes.
+    """Keywords of our constructor: from config.json if present there, else from the shapes.
 
     shapes: {our name: shape}; settings: content of config.json, or empty. KeyError with the name
-    of a tensor that would have told, ValueError where config.json describes another network.
+    of a missing tensor whose shape is needed, ValueError if config.json describes another network.
     """
     if not isinstance(settings, dict):
         raise ValueError("config.json is not a table of settings: download it again.")

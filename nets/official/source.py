@@ -1,6 +1,6 @@
 """Opens the official files of Stable Diffusion 2, DepthMaster and DINOv2, whatever their layout.
 
-What a file holds is told by its tensors' names. `open_source` finds the networks in a file or
+The tensors' names tell which networks a file holds. `open_source` finds the networks in a file or
 folder, `fit` brings one of them to our names and shapes and accounts for every tensor. (Reading
 the files: nets/official/read.py.)
 """
@@ -32,19 +32,19 @@ NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text": TextEncoder, "dinov2": D
 PARTS = {"unet", "unet_ema", "vae", "text_encoder"}  # names of the networks' folders
 STEMS = ("model", "pytorch_model")  # of transformers' files
 TEXT_CONSTANT = "text_embedding.safetensors"  # beside unet/ and vae/ in a folder that we wrote
-ADAPTER = "dinov2_adapter.pth"  # beside or in unet/ where the released code saved its stage 1
+ADAPTER = "dinov2_adapter.pth"  # beside or in unet/, from stage 1 of the released code
 ADAPTER_NAMES = {f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")}
 
-# Tensors that may lie in a source and that nobody needs; patterns of whole names.
+# Tensors of a source that are not needed; patterns of whole names.
 TEXT_EXTRAS = r"embeddings\.position_ids|text_projection(\.weight)?|logit_scale|attn_mask"
 SINGLE_FILE_EXTRAS = (r"model_ema\..*|betas|alphas_cumprod(_prev)?|posterior_.*|logvar|sqrt_.*"
                       r"|log_one_minus_alphas_cumprod|lvlb_weights")
 DEPTH_ANYTHING_EXTRAS = r"(depth_head|neck|head)\..*"
-UNUSED = {"mask_token"}  # of DINOv2's tensors: only its training asked for it; some files lack it
+UNUSED = {"mask_token"}  # in DINOv2: only its pre-training used it; some files lack it
 SD2_LICENCE = "CreativeML Open RAIL++-M (Stable Diffusion 2)"
 DEPTHMASTER_LICENCE = f"{SD2_LICENCE}, trained on by DepthMaster's authors: see their page"
 
-# What is in the names of models that users take for one of those that can be converted.
+# Parts of tensor names of similar models that can't be converted -> the message to the user.
 OTHER_MODELS = {
     "conditioner.": "this is Stable Diffusion XL, and only 2 and 2.1 fit",
     "cond_stage_model.transformer.": "this is Stable Diffusion 1, and only 2 and 2.1 fit",
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass
 class Source:
-    """What a file or folder turned out to hold."""
+    """The networks that `open_source` found in a file or folder."""
 
     kind: str  # "sd2", "stage1", "stage2" or "dinov2"
     layout: str  # in words
@@ -82,8 +82,8 @@ class Source:
 def fit(part, dtype=torch.float32):
     """Checks a part and brings it to our names: (constructor's keywords, {our name: tensor}).
 
-    Every source tensor is used exactly once and every one of ours is filled. ValueError with the
-    names and the likely cause otherwise, or where a number is not finite in dtype.
+    Uses every source tensor exactly once and fills every tensor of ours; otherwise ValueError with
+    the names and the likely cause. ValueError also if a number is not finite in dtype.
     """
     layout = layouts.choose(part.net, part.tensors)
     ours = {name: layouts.our_name(name, layout) for name in part.tensors}
@@ -116,7 +116,7 @@ def fit(part, dtype=torch.float32):
 
 
 def mismatch(origin, unknown=(), missing=()):
-    """The error for tensors that are too many or too few."""
+    """The error for unknown and missing tensors."""
     def some(names):
         return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     faults = [f"{text} {some(names)}" for text, names in
@@ -131,11 +131,11 @@ def likely_cause(names):
 
 
 def brought(part, names, shape, dtype):
-    """Their tensors as one of ours: stacked, reshaped, cast, checked."""
+    """Stacks, reshapes, casts and checks their tensors to make one of ours."""
     tensors = [part.tensors[name] for name in names]
     try:
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    except RuntimeError:  # one of them has another width; alone, none has the shape
+    except RuntimeError:  # their widths differ; the shape check below fails then
         tensor = tensors[0]
     if without_kernel(tensor.shape) != without_kernel(shape):
         raise ValueError(f"{part.origin}: {names[0]} has shape {tuple(tensor.shape)}, but "
@@ -151,7 +151,7 @@ def brought(part, names, shape, dtype):
 
 
 def without_kernel(shape):
-    """The shape as a linear layer's if it is that of a 1x1 convolution: files differ in these."""
+    """The shape without a 1x1 kernel: some files store linear layers as 1x1 convolutions."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
@@ -166,7 +166,7 @@ def open_source(path):
                                 "Diffusion 2 or DINOv2.")
     settings = path.suffix == ".json" and ".index" not in path.name
     if path.is_file() and (settings or re.search(r"-\d+-of-\d+\.", path.name)):
-        path = path.parent  # the settings or a part of the weights stand for the folder
+        path = path.parent  # the file is a config.json or one shard: open its folder
     path = within(path)
     if model_file.holds_networks(path):
         return open_diffusers(path)
@@ -187,21 +187,21 @@ def open_source(path):
 
 
 def only_file(folder):
-    """The weights in a folder of one file: transformers', or the only ones; None otherwise."""
+    """A folder's weight file: the one with transformers' name, else the only one, else None."""
     alone = [each for each in folder.glob("*") if each.suffix in ENDINGS and each.is_file()]
     return find_weights(folder, *STEMS) or (alone[0] if len(alone) == 1 else None)
 
 
 def is_part(folder):
-    """Whether it is the folder of one network in the folder of a model."""
+    """Whether a folder holds one network and lies in the folder of a model."""
     folder = folder.absolute()
     return folder.name in PARTS and model_file.holds_networks(folder.parent)
 
 
 def within(path):
-    """The folder that is meant by one around it: a snapshot of the hub's cache, or what it holds.
+    """The model's folder inside a path: a snapshot in the hub's cache, or its only model folder.
 
-    ValueError if it could be several.
+    The path itself if it is a model or holds none; ValueError if it holds several.
     """
     def is_model(folder):
         return model_file.holds_networks(folder) or only_file(folder)
@@ -220,7 +220,7 @@ def within(path):
 
 
 def one_of_three(path):
-    """Says of a file or folder that it is one network of a model, and where that is."""
+    """The message that a file or folder is only one network of a model, with the model's folder."""
     above = [each for each in path.absolute().parents[:2] if model_file.holds_networks(each)]
     return (f"{path} is one network of three: give "
             + (f"{above[0]}, the folder above." if above else
@@ -228,9 +228,9 @@ def one_of_three(path):
 
 
 def open_diffusers(folder):
-    """unet/, vae/ and text_encoder/ (or, in a folder that we wrote, the text's constant).
+    """Opens unet/, vae/ and text_encoder/ (in a folder that we wrote: the text embedding).
 
-    Where a trainer saved only the mean of the U-Net's weights (unet_ema/), it is that.
+    If a trainer saved only the averaged weights of the U-Net (unet_ema/), opens these.
     """
     parts, files, ignored = {}, {}, []
     exported = folder / TEXT_CONSTANT
@@ -266,7 +266,7 @@ def open_diffusers(folder):
 
 
 def adapter_names(file):
-    """Names of a stage 1 adapter's tensors, which training needs and a prediction does not."""
+    """Names of a stage 1 adapter's tensors; training needs them, prediction does not."""
     names = set(read_tensors(file))
     if names != ADAPTER_NAMES:
         raise mismatch(file.name, sorted(names - ADAPTER_NAMES), sorted(ADAPTER_NAMES - names))
@@ -293,7 +293,8 @@ def open_single_file(file, tensors):
 def unused_blocks(names):
     """Patterns for the text encoder's last block, which Stable Diffusion 2 leaves out.
 
-    Some tools leave it out of the file as well, so where the size is known the number counts.
+    Some tools leave it out of the file as well. So at SD2's width (1024) the blocks after the 23rd
+    are unused; at other widths the last block is.
     """
     width = names["ln_final.weight"].numel() if "ln_final.weight" in names else 0
     blocks = min(layouts.count("transformer.resblocks.#", names), len(names))
@@ -304,7 +305,7 @@ def unused_blocks(names):
 def open_dinov2(file, tensors):
     """DINOv2 as published by its authors, by Hugging Face, or inside Depth-Anything-V2.
 
-    The last as its authors publish it, or as transformers does (backbone.*, neck.*, head.*).
+    Depth-Anything-V2: its authors' file or that of transformers (backbone.*, neck.*, head.*).
     """
     ignored, settings = [], {}
     licence, layout = "Apache-2.0 (DINOv2)", "the authors' file"
@@ -326,7 +327,7 @@ def open_dinov2(file, tensors):
 
 
 def without(tensors, pattern, ignored):
-    """The tensors but for those whose names fit the pattern; these names go to `ignored`."""
+    """The tensors whose names do not fit the pattern; the names that fit go to `ignored`."""
     extras = {name for name in tensors if re.fullmatch(pattern, name)}
     ignored += sorted(extras)
     return {name: tensor for name, tensor in tensors.items() if name not in extras}

@@ -1,10 +1,10 @@
-"""Attention, faster where processors multiply matrices in bfloat16 without tiles.
+"""Attention, faster on processors that multiply matrices in bfloat16 without tiles.
 
-There (AVX512-BF16, no AMX) PyTorch's own reaches a fifth of the rate of a matrix product, so heads
-are taken one by one, as products of strips of queries with all keys, in 0.6 of its time. What a
-product gives is rounded to bfloat16, which would spoil large scores: one near 100 by 0.25, its
-weight by a quarter. So the scores are computed twice, first for the largest of each query, then as
-their distance below it: those that weigh are near zero then, and so is what rounding takes.
+On these processors (AVX512-BF16, no AMX) PyTorch's attention reaches a fifth of the rate of a
+matrix product. Here each head multiplies strips of queries with all keys, in 0.6 of PyTorch's time.
+Products are rounded to bfloat16, which would spoil large scores: a score near 100 by 0.25, its
+weight by a quarter. So the scores are computed twice: first to find each query's largest score,
+then as differences from it. Scores with large weights are then near zero, and so is their error.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 QUERIES = 1 << 10  # at once, at most
-SCORES = 1 << 25  # at once, at most: 64 MiB, and as much for what softmax makes of them
+SCORES = 1 << 25  # at once, at most: 64 MiB, and as much for the softmax's output
 
 
 def attention(q, k, v):
@@ -32,7 +32,7 @@ def check_heads(width, heads):
 
 @cache
 def without_tiles():
-    """Whether this processor multiplies bfloat16, but not in tiles."""
+    """Whether this processor multiplies in bfloat16 (AVX512-BF16), but without tiles (AMX)."""
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
@@ -41,7 +41,7 @@ def by_products(q, k, v):
     """`attention` without gradients, by products of matrices."""
     out, scale = q.new_empty(q.shape), q.shape[3]**-0.5
     count = max(min(SCORES // k.shape[2], QUERIES, q.shape[2]), 1)
-    buffers = q.new_empty(2, count, k.shape[2])  # made once, as the system clears what is large
+    buffers = q.new_empty(2, count, k.shape[2])  # once: the system clears large new memory
     for queries, keys, values, result in zip(*(each.flatten(0, 1) for each in (q, k, v, out))):
         keys = keys.T
         for first in range(0, len(queries), count):
@@ -49,7 +49,7 @@ def by_products(q, k, v):
             scores, weights = buffers[:, :len(some)]
             torch.mm(some, keys, out=scores)
             largest = scores.amax(1, keepdim=True)
-            # In float32 and rounded once: the scale times (scores - largest).
+            # scale * (scores - largest), in float32 and rounded once.
             torch.addmm(largest, some, keys, beta=-scale, alpha=scale, out=scores)
             torch.softmax(scores, 1, out=weights)
             torch.mm(weights, values, out=result[first:first + count])

@@ -13,10 +13,10 @@ def run(function, *inputs, recompute):
 
 
 def activation_bytes(forward, cells):
-    """What autograd keeps of `cells` latent pixels, from two small forward passes.
+    """Bytes that autograd keeps for `cells` latent pixels, estimated from two small forward passes.
 
-    forward(side): the result of the trained networks for one latent of side x side. All but
-    weights and what is made of them grows with the number of pixels.
+    forward(side): the output of the trained networks for one latent of side x side. The memory of
+    activations grows with the number of pixels, that of weights and their copies does not.
     """
     small, large = 16, 32
     kept = [saved_bytes(lambda: forward(side)) for side in (small, large)]
@@ -33,7 +33,7 @@ def saved_bytes(function):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = function()  # alive until all is counted, so that no memory is counted twice
+        result = function()  # kept during the count, so that no freed memory is used twice
     total = sum(storages.values())
     del result
     return total
