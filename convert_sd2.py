@@ -135,7 +135,7 @@ def export(path, folder, dtype=torch.float32):
     model = DepthMaster.from_file(path, dtype=dtype)
     write_diffusers(model, folder)
     say("The text encoder is not part of a model: its embedding of the empty prompt, a "
-               f"constant, is in {folder / 'text_embedding.safetensors'}.")
+        f"constant, is in {folder / 'text_embedding.safetensors'}.")
     return folder
 
 
@@ -148,11 +148,11 @@ def report(source):
         precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         only = " (only its embedding of the empty prompt is kept)" if part.net == "text" else ""
         say(f"  {part.origin}: {len(tensors)} tensors, "
-                   f"{sum(tensor.numel() for tensor in tensors):,} parameters, "
-                   f"{' and '.join(precisions)}{only}")
+            f"{sum(tensor.numel() for tensor in tensors):,} parameters, "
+            f"{' and '.join(precisions)}{only}")
     if source.ignored:
         say(f"  ignored: {len(source.ignored)} tensors that are not needed "
-                   f"({', '.join(source.ignored[:3])}{', ...' if source.ignored[3:] else ''})")
+            f"({', '.join(source.ignored[:3])}{', ...' if source.ignored[3:] else ''})")
 
 
 def dinov2_name(source, width):

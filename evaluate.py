@@ -65,7 +65,7 @@ def options():
         help="of Virtual KITTI 2, at the bottom (352 1216)")
     add("--hypersim-split", choices=("val", "test"), default="val", help="(%(default)s)")
     add("--batch", type=terminal.positive, help="images predicted at once (8 on CUDA, else 1)")
-    add("--workers", type=terminal.whole, default=terminal.readers(),
+    add("--workers", type=terminal.number_from_0, default=terminal.readers(),
         help="processes that read ahead (here %(default)s)")
     add("--limit", type=terminal.positive, metavar="N", help="only the first N images of each set")
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
@@ -76,7 +76,7 @@ def options():
         help="aligned values below 0; square: as the released code (%(default)s)")
     add("--f1-mask", choices=metrics.F1_MASKS, default="pair",
         help="pixels of an edge that must be valid; owner: as the released code (%(default)s)")
-    add("--processing-res", type=terminal.whole, metavar="PIXELS",
+    add("--processing-res", type=terminal.number_from_0, metavar="PIXELS",
         help="longest side in prediction, 0: native (the set's)")
     add("--paradigm", choices=PARADIGMS, default="single", help="Table II; iterative: four passes, "
         "each on the last one's output; i2l: the truth through the autoencoder (%(default)s)")

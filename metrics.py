@@ -104,10 +104,11 @@ def _blocks(*maps):
 def pixel_scores(pred_m, depth_m, valid=None):
     """Scores over the valid pixels (None: all), prediction and truth in metres -> {name: float}.
 
-    abs_rel: mean of |p-d|/d. sq_rel: of (p-d)^2/d, metres. rmse: root of the mean of (p-d)^2,
-    metres. rmse_log: of (ln p - ln d)^2. log10: mean of |log10 p - log10 d|. irmse: root of the
-    mean of (1/p - 1/d)^2, 1/m. silog: 100 times the standard deviation of ln p - ln d (Eigen et al.
-    2014, KITTI's). delta1, 2, 3: share of pixels with max(p/d, d/p) < 1.25, 1.25^2, 1.25^3.
+    abs_rel: mean of |p-d|/d. sq_rel: mean of (p-d)^2/d, metres. rmse: root of the mean of (p-d)^2,
+    metres. rmse_log: root of the mean of (ln p - ln d)^2. log10: mean of |log10 p - log10 d|.
+    irmse: root of the mean of (1/p - 1/d)^2, 1/m. silog: 100 times the standard deviation of
+    ln p - ln d (Eigen et al. 2014, KITTI's). delta1, 2, 3: share of pixels with
+    max(p/d, d/p) < 1.25, 1.25^2, 1.25^3.
     """
     valid = torch.ones_like(depth_m, dtype=torch.bool) if valid is None else valid
     sums = sum(_sums(*block) for block in _blocks(pred_m, depth_m, valid)).tolist()

@@ -48,7 +48,7 @@ def options():
     add("--ckpt", type=Path, help="model (.safetensors; the embedded miniature)")
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
     add("--save", nargs="+", choices=ENDINGS, default=list(ENDINGS), help="what to write (all)")
-    add("--processing-res", type=terminal.whole, metavar="PIXELS",
+    add("--processing-res", type=terminal.number_from_0, metavar="PIXELS",
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 where it is faster (GPUs, some CPUs), else float32")
@@ -117,14 +117,14 @@ def open_model(path, device, precision):
         say(f"warning: {path} was never trained for depth; its results mean nothing.")
     if model.target != "sqrt_disparity":  # Deviation: the released code has no other target
         say(f"{path} predicts {model.target}: converted to square-root disparity as if the "
-                   f"farthest point were {FAR_TO_NEAR} times as far as the nearest.")
+            f"farthest point were {FAR_TO_NEAR} times as far as the nearest.")
     return model.for_inference(device, precision)
 
 
 # ------------------------------------------------------------- reading, predicting, writing
 
 
-def read_ahead(pool, pictures, count):
+def decoded(pool, pictures, count):
     """{name: path} -> (name, image uint8 H,W,3 or the error from reading it), in order.
 
     The pool reads up to `count` pictures ahead.
@@ -173,7 +173,7 @@ def predict_all(model, pictures, outputs, processing_res, batch):
     failed, writing = [], deque()
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(pictures), unit="picture",
                                                    dynamic_ncols=True) as bar:
-        for group in batches(read_ahead(pool, pictures, batch + THREADS), batch):
+        for group in batches(decoded(pool, pictures, batch + THREADS), batch):
             names, images = zip(*group)
             try:
                 if isinstance(images[0], Exception):
@@ -242,7 +242,7 @@ def main():
     if not args.ckpt:
         from miniature.embedded import TRAINED
         say(f"No --ckpt: predicting with the embedded miniature, {TRAINED}, a toy "
-                   "trained on procedural rooms.")
+            "trained on procedural rooms.")
     if not args.inputs:
         from miniature.embedded import pictures
         args.inputs = [pictures()]

@@ -170,7 +170,7 @@ def first_bytes(path):
         return file.read(100)
 
 
-def stand_in(path, head=None):
+def wrong_content(path, head=None):
     """Says that a Git LFS pointer or a web page was saved in place of the file; None: neither.
 
     head: the file's first bytes, if already read.

@@ -6,7 +6,7 @@ a small adapter train; the autoencoder, the text and DINOv2 are frozen.
     python train_stage1.py --data /hypersim [--vkitti /vkitti2]
     torchrun --nproc_per_node 8 train_stage1.py --data /hypersim        # the same, on 8 GPUs
 
-The same command again resumes. Without --data and --sd2 it trains the embedded miniature.
+The same command again resumes. Without --data and --vkitti it trains the embedded miniature.
 """
 
 import signal
@@ -68,6 +68,7 @@ class Stage1(nn.Module):
     def forward(self, batch):
         """batch: a batch of samples, or the output of `frozen` for it (from the cache)."""
         fixed = batch if "z_image" in batch else self.frozen(batch)
+        # float: the cache may hold float16
         z_pred, feature = self.unet(fixed["z_image"].float(), self.align_at)  # B,4,h,w; B,C,h',w'
         losses = {"latent": latent_loss(z_pred, fixed["z_target"], fixed["cells"])}
         if self.adapter is not None:
@@ -131,7 +132,7 @@ def options():
         "remove it when pictures change")
     add("--cache-precision", choices=["float16", "float32"], default="float16",
         help="of what is kept (%(default)s)")
-    add_data_options(parser, terminal.whole_between(*LONGEST))
+    add_data_options(parser, terminal.number_between(*LONGEST))
     terminal.add_training_options(parser, steps=20_000, lr=3e-5)
     return parser
 

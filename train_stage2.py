@@ -6,7 +6,7 @@ Fourier block train, gradients pass through the frozen decoder.
     python train_stage2.py --data /hypersim [--vkitti /vkitti2] [--ckpt MODEL]
     torchrun --nproc_per_node 8 train_stage2.py --data /hypersim        # the same, on 8 GPUs
 
-The same command again resumes. Without --data it trains on the embedded miniature scenes.
+The same command again resumes. Without --data and --vkitti it trains the embedded miniature.
 """
 
 import signal
@@ -87,7 +87,7 @@ def options():
     add("--fourier", choices=["on", "off"], default="on", help="the block, Table VI (%(default)s)")
     add("--fourier-init", choices=["default", "identity"], default="default",
         help="of a new block; identity: at first it only normalises (%(default)s)")
-    add_data_options(parser, terminal.whole_between(*LONGEST))
+    add_data_options(parser, terminal.number_between(*LONGEST))
     # Deviation: the paper's steps; the released configuration has 20,000.
     terminal.add_training_options(parser, steps=10_000, lr=3e-6)
     return parser

@@ -41,7 +41,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", type=terminal.whole_between(*LONGEST), nargs=2, default=(480, 640),
+    add("--size", type=terminal.number_between(*LONGEST), nargs=2, default=(480, 640),
         metavar=("H", "W"))
     add("--batch", type=terminal.positive, nargs="+", default=[1])
     add("--precision", nargs="+", choices=["float32", "bfloat16", "float16"],

@@ -54,7 +54,7 @@ def options():
 
 def size(text):
     """argparse type: HxW -> (height, width)."""
-    height, width = map(terminal.whole_between(*LONGEST), text.split("x"))
+    height, width = map(terminal.number_between(*LONGEST), text.split("x"))
     return height, width
 
 

@@ -36,7 +36,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", type=terminal.whole_between(*LONGEST), nargs=2, metavar=("H", "W"),
+    add("--size", type=terminal.number_between(*LONGEST), nargs=2, metavar=("H", "W"),
         help="480 640, the miniature's 192 256")
     add("--micro-batch", type=terminal.positive, default=1)
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto")

@@ -18,7 +18,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from data.transforms import BadSample
-from storage import LARGEST, check_file, stand_in, whole
+from storage import LARGEST, check_file, wrong_content, whole
 
 MAX_BYTES = 2**30  # of an array
 MAX_CHUNKS = 100_000  # of a data set in HDF5
@@ -44,7 +44,7 @@ def blame(path):
         reason = reason or type(error).__name__
         if "allow_pickle" in reason:
             reason = "it is no array of numbers"
-        what = stand_in(path) if os.path.isfile(path) else None
+        what = wrong_content(path) if os.path.isfile(path) else None
         if what:
             raise BadSample(f"{path} {what}.") from error
         if "PngImagePlugin.MAX_TEXT" in reason:
@@ -144,7 +144,7 @@ def read_table(path):
         try:
             heading = file.readline()
             if "\0" in heading:
-                raise csv.Error("it is not a text file")
+                raise csv.Error("it is not text in UTF-8")
             table = csv.DictReader(chain([heading], file), skipinitialspace=True,
                                    delimiter=max(",;\t", key=heading.count))
             table.fieldnames = [name.strip() for name in table.fieldnames or ()]

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from data.files import blame
 from data.transforms import BadSample
-from storage import first_bytes, stand_in
+from storage import first_bytes, wrong_content
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def open_picture(path, content=None):
         head = content[:100] if content is not None else first_bytes(path)
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
         return open_heic(path, content)
-    what = stand_in(path, head)
+    what = wrong_content(path, head)
     raise BadSample(f"{path} {what}." if what else f"{path} can't be read: cannot identify what "
                     "kind of picture it is.")
 

@@ -80,19 +80,19 @@ def patient(batches):
 
 def as_arrays(collate, samples):
     """The collated samples with arrays in place of tensors: arrays are sent as plain bytes."""
-    return converted(collate(samples), torch.Tensor, torch.Tensor.numpy)
+    return map_values(collate(samples), torch.Tensor, torch.Tensor.numpy)
 
 
 def as_tensors(batch):
-    return converted(batch, np.ndarray, torch.from_numpy)
+    return map_values(batch, np.ndarray, torch.from_numpy)
 
 
-def converted(value, kind, function):
+def map_values(value, kind, function):
     """Applies the function to all values of this kind inside dicts, lists and tuples."""
     if isinstance(value, dict):
-        return {key: converted(part, kind, function) for key, part in value.items()}
+        return {key: map_values(part, kind, function) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(converted(part, kind, function) for part in value)
+        return type(value)(map_values(part, kind, function) for part in value)
     return function(value) if isinstance(value, kind) else value
 
 

@@ -1,9 +1,9 @@
-"""Which sample is drawn when: pure functions of (seed, step).
+"""Which sample is drawn when: pure functions of the seed, the step and the data sets' sizes.
 
 A step has `batch` places; k = step * batch + place numbers all places of the training. A place
 draws its data set and its flip, and reads entry k of that data set's own endless shuffled order.
-Nothing else has an influence: the samples of a step do not depend on restarts or on the number of
-GPUs, workers and micro-batches, and resuming needs only the step.
+So the samples of a step do not depend on restarts or on the number of GPUs, workers and
+micro-batches, and resuming needs only the step.
 """
 
 from functools import lru_cache

@@ -121,12 +121,12 @@ class TrainingSet(Dataset):
         target = normalise_target(sample["depth"], sample["valid"], self.target, sample["name"])
         target = resize_nearest(target, size)
         valid = resize_nearest(sample["valid"], size)
-        if not has_complete_cell(valid):
-            raise BadSample(f"{sample['name']}: at {size[0]}x{size[1]}, no cell of {CELL}x{CELL} "
-                            "pixels is completely valid.")
         image = RGB_RESIZES[self.rgb_resize](sample["image"], size)
         if flip:
             image, target, valid = image.flip(-1), target.flip(-1), valid.flip(-1)
+        if not has_complete_cell(valid):  # a width that is no multiple of 8 has other cells flipped
+            raise BadSample(f"{sample['name']}: at {size[0]}x{size[1]}, no cell of {CELL}x{CELL} "
+                            "pixels is completely valid.")
         return dict(image=image, target=target, valid=valid, name=sample["name"])
 
 

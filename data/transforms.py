@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 TARGETS = ("sqrt_disparity", "disparity", "depth")
-# The value of y at the far end; pixels without depth get this value, too.
+# The target's value at the far end; pixels without depth get this value, too.
 FAR_CODE = {"sqrt_disparity": -1.0, "disparity": -1.0, "depth": 1.0}
-NEAR_FAR_QUANTILES = (0.02, 0.98)
+QUANTILES = (0.02, 0.98)  # of the depth, in the target's space, that become -1 and 1
 KITTI_CROP = 352, 1216  # height and width of the bottom crop in KITTI's depth benchmark
 
 
@@ -69,7 +69,7 @@ def normalise_target(depth_m, valid, target="sqrt_disparity", name="the depth ma
     if t.numel() == 0:
         raise BadSample(f"{name} has no valid pixel.")
     # Not torch.quantile: it sorts, and refuses more than 16 million values. numpy only selects.
-    low, high = np.quantile(t.numpy(), NEAR_FAR_QUANTILES).tolist()
+    low, high = np.quantile(t.numpy(), QUANTILES).tolist()
     if not high > low:
         raise BadSample(f"{name} has equal 2 % and 98 % quantiles of {target}: it is flat, or was "
                         "measured at too few depths.")

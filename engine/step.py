@@ -26,7 +26,7 @@ def learning_rate(step, peak, warmup=100, decay_steps=25_000, final=0.01):
 class Outcome(NamedTuple):
     """The result of a step."""
 
-    losses: dict | None  # mean over all ranks of each loss and their sum; the gradient's norm
+    losses: dict | None  # means over all ranks; `loss`: their weighted sum; gradient_norm
     names: list  # of this rank's samples
     bad: list | None  # names of all ranks' samples, if the step was skipped
 

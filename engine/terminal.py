@@ -87,7 +87,7 @@ def add_training_options(parser, steps, lr):
     add("--batch", type=positive, default=32, help="samples per step, all ranks (%(default)s)")
     add("--micro-batch", type=positive, default=1, help="samples at once, per rank (%(default)s)")
     add("--lr", type=not_negative, default=lr, help="peak learning rate (%(default)s)")
-    add("--warmup", type=whole, default=100, help="steps of linear warm-up (%(default)s)")
+    add("--warmup", type=number_from_0, default=100, help="steps of linear warm-up (%(default)s)")
     add("--decay-steps", type=positive, default=25_000,
         help="step at which the rate has fallen to 1 %% (%(default)s)")
     add("--clip-gradient", type=not_negative, metavar="NORM",
@@ -98,14 +98,15 @@ def add_training_options(parser, steps, lr):
     add("--seed", type=int, default=0, help="decides order, flips and new weights (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the networks; auto: bfloat16 on GPUs that compute in it and on CPUs that are "
-        "measured to be faster in it, else float32; a run goes on with what it began with")
+        "measured to be faster in it, else float32; a resumed run keeps its precision")
     add("--compile", action="store_true", help="torch.compile the U-Net (not the Fourier "
         "block's complex numbers); takes minutes for each size of sample")
     add("--checkpoint-activations", nargs="?", choices=["auto", "on", "off"], const="on",
         default="auto", help="recompute activations in the backward pass: less memory, a third "
         "more time; auto: where they would not fit")
-    add("--workers", type=whole, default=readers(), help="processes that read data, per rank; each "
-        "reads some 11 frames of raw Hypersim a second, 19 prepared, 350 cached (here %(default)s)")
+    add("--workers", type=number_from_0, default=readers(), help="processes that read data, per "
+        "rank; each reads some 11 frames of raw Hypersim a second, 19 prepared, 350 cached (here "
+        "%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--log-every", type=positive, default=10, help="steps (%(default)s)")
     add("--save-every", type=positive, default=500, help="steps (%(default)s)")
@@ -128,14 +129,14 @@ def positive(text):
     return int(text)
 
 
-def whole(text):
+def number_from_0(text):
     """argparse type: a whole number, 0 or above."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 or above, not {text}")
     return int(text)
 
 
-def whole_between(low, high):
+def number_between(low, high):
     """An argparse type: a whole number from `low` to `high`."""
     def kind(text):
         if not text.isdecimal() or not low <= int(text) <= high:

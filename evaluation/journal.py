@@ -39,7 +39,7 @@ class Journal:
             return {}
         text = read_text(path)
         whole, _, cut = text.rpartition("\n")
-        rows = table(whole)
+        rows = rows_of(whole)
         sound = [row for row in rows if row.keys() == set(self.columns) and numeric(row)]
         self.lost += len(rows) - len(sound) + bool(cut)
         return {tuple(row[name] for name in KEY): row for row in sound}
@@ -72,7 +72,7 @@ class Journal:
             path.unlink()
 
 
-def table(text):
+def rows_of(text):
     """CSV -> a dict for each row, up to the first unreadable one."""
     rows = []
     try:
@@ -103,7 +103,7 @@ def read_results(out):
             raise FileNotFoundError(f"{out} holds no {name}: give the --out folder of a finished "
                                     "evaluation.")
     try:
-        results, rows = json.loads(read_text(out / METRICS)), table(read_text(out / PER_IMAGE))
+        results, rows = json.loads(read_text(out / METRICS)), rows_of(read_text(out / PER_IMAGE))
         whole = all(isinstance(found, dict) for found in results.values()) and rows and all(
             "dataset" in row and numeric(row) for row in rows)
     except (ValueError, AttributeError, RecursionError):

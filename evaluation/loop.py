@@ -109,13 +109,13 @@ def check(model, reader, images, dtype, folder, step, log):
     scores = validate(model, reader, images, dtype, picture, bad)
     if bad:
         say(f"Step {step}: {len(bad)} validation samples can't be used, the first because: "
-                   f"{bad[0]}")
+            f"{bad[0]}")
     if not scores:
         return
     log.write({"step": step, "validation": scores, "left_out": len(bad)})
     say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
-               f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
-               f"see {picture}.")
+        f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
+        f"see {picture}.")
 
 
 def validate(model, reader, images, dtype, picture=None, bad=None):

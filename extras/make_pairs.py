@@ -116,10 +116,10 @@ def kitti(folder, gap):
         for depth in find(folder, pattern):
             image = Path(os.path.normpath(depth.parent / image_folder / depth.name))
             if image.exists():
-                yield image, fill(read_depth(depth, 256), gap)
+                yield image, fill_gaps(read_depth(depth, 256), gap)
 
 
-def fill(depth_m, gap):
+def fill_gaps(depth_m, gap):
     """Gives pixels without depth (0) that of the nearest surface measured within `gap` pixels."""
     disparity = torch.from_numpy(np.where(depth_m > 0, 1 / np.maximum(depth_m, 1e-6), 0))[None]
     grown = F.max_pool2d(disparity, 2 * gap + 1, stride=1, padding=gap)[0].numpy()

@@ -25,8 +25,9 @@ class FeatureAdapter(nn.Sequential):
 def teacher_image(image):
     """The encoder's input for images B,3,H,W in [-1,1]: ImageNet-normalised, 7/8 of the size.
 
-    480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image (other sizes:
-    rounded down to whole patches, at least one); bicubic without antialias.
+    480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image. `resize_tokens`
+    then brings its 30x40 tokens to the U-Net's feature, 8x10 in the middle (other sizes: rounded
+    down to whole patches, at least one); bicubic without antialias.
     """
     mean, std = imagenet_statistics(image.device)
     # Deviation: normalises the image in [0,1]; the released code normalises it in [-1,1].
@@ -52,13 +53,13 @@ def resize_tokens(tokens, grid, size):
 def feature_alignment_loss(adapted, target, kind="kl"):
     """Distance of adapted features B,N,D to the encoder's B,N,D -> per sample B (Eq. 5).
 
-    `kl`: KL(softmax(target) || softmax(adapted)) along channels, **mean over every element**, which
-    is 1/D of the KL per token: the paper's weight 1 is for this mean. `cosine`: 1 minus the cosine
+    `kl`: KL(softmax(target) || softmax(adapted)) along channels, mean over tokens and channels, so
+    1/D of the KL per token. `cosine`: 1 minus the cosine
     similarity, mean over tokens.
     """
     adapted, target = adapted.float(), target.float()
     if kind == "cosine":
         return 1 - F.cosine_similarity(adapted, target, dim=-1).mean(dim=1)
-    # Deviation: the paper does not state the reduction.
+    # Deviation: the paper states no reduction; with this mean, its weight of 1 is the released one.
     log_p, log_q = F.log_softmax(target, dim=-1), F.log_softmax(adapted, dim=-1)
     return (log_p.exp() * (log_p - log_q)).mean(dim=(1, 2))

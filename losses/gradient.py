@@ -10,7 +10,7 @@ import torch
 
 def pixel_loss(pred, target, valid):
     """Squared error of maps B,1,H,W over valid pixels (bool) -> per sample B."""
-    # Invalid pixels may hold any value, also NaN: `where` keeps it out of the gradient.
+    # pred and target may hold any value in invalid pixels, also NaN: `where` stops it here.
     return masked_mean(torch.where(valid, pred - target, 0).square(), valid)
 
 

@@ -16,7 +16,7 @@ def latent_loss(z_pred, z_target, valid):
     """Squared error of latents B,4,h,w over cells whose pixels are all valid -> per sample B.
 
     valid: bool, of the pixels B,1,H,W or of the cells B,1,h,w. A sample without a valid cell gives
-    0 (data sets never yield one).
+    0 (data/training_set.py yields none).
     """
     cells = valid if valid.shape[2:] == z_pred.shape[2:] else valid_cells(valid)
     error = torch.where(cells, z_pred.float() - z_target.float(), 0)  # B,4,h,w

@@ -1,7 +1,7 @@
 """DepthMaster: an image in, one pass through Stable Diffusion 2, a depth map out.
 
-arXiv 2501.02576, section III. The output is square-root disparity up to scale and shift:
-1 = near, 0 = far.
+arXiv 2501.02576, section III. By default the output is square-root disparity up to
+scale and shift: 1 = near, 0 = far.
 """
 
 import warnings
@@ -102,7 +102,7 @@ class DepthMaster(nn.Module):
         h, w are H/8, W/8 rounded down. Input and output are float32 at any precision of the
         weights; infinite values become NaN.
         timesteps: one per pass; each pass takes the output of the pass before. The method has one
-        pass, at t = 1 (no noise, no scheduler: the output is the latent).
+        pass, at t = 1 (no noise, no scheduler: the output is the latent); Table II compares more.
         """
         latent = self.encode(image.to(self.dtype))
         for timestep in timesteps:

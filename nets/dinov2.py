@@ -94,7 +94,7 @@ class DINOv2(nn.Module):
         super().__init__()
         self.width, self.patch, self.grid = width, patch, grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # pre-training only; kept for export
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # used by DINOv2's own training only
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid**2, width) * 0.02)
         self.patch_embed = PatchEmbedding(patch, width)
         self.blocks = nn.ModuleList(Block(width, heads, swiglu) for _ in range(depth))

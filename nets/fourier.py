@@ -15,7 +15,7 @@ TINY = 1e-6  # amplitudes below this are rounding errors (in maps of about unit 
 class FourierEnhancement(nn.Module):
     """B,C,h,w -> B,C,h,w; C is a multiple of 8. There is no skip around it.
 
-    init: `default`: PyTorch's; when stage 2 begins, it replaces the feature by an unrelated one.
+    init: `default`: PyTorch's; when stage 2 begins, the block's output is unrelated to its input.
     `identity`: when stage 2 begins, the output is the normalised input.
     """
 
@@ -50,19 +50,21 @@ class FourierEnhancement(nn.Module):
 
     @torch.compiler.disable  # the compiler can't handle complex numbers
     def frequency_pass(self, n):
+        # f = SiLU(F1(n)); A, P = |FFT(f)|, angle(FFT(f)); A' = SiLU(F2(A)); P' = SiLU(F4(P));
+        # result: F3(IFFT(A' exp(iP')) + f)
         f = F.silu(self.conv_f1(n))
-        amplitude, phase = to_polar(f)  # B,C,h,w/2+1
+        amplitude, phase = to_polar(f)  # B,C,h,w//2+1
         amplitude = F.silu(self.conv_f2(amplitude.to(f.dtype)))
         phase = F.silu(self.conv_f4(phase.to(f.dtype)))
         return self.conv_f3(from_polar(amplitude, phase, f.shape[2:]).to(f.dtype) + f)
 
 
 def to_polar(x):
-    """Real maps B,C,h,w -> amplitude and phase of their spectra, B,C,h,w/2+1, at least float32.
+    """Real maps B,C,h,w -> amplitude and phase of their spectra, B,C,h,w//2+1, at least float32.
 
-    Always in float32 (float64 stays): there is no FFT in bfloat16, and in half precision only for
-    some sizes. Where the amplitude is below TINY, the phase has a value but no gradient: the true
-    gradient, 1/amplitude, is huge or NaN.
+    In float32, or float64 for float64: PyTorch has no FFT in bfloat16, and in half precision only
+    for some sizes. Where the amplitude is below TINY, the phase has a value but no gradient: the
+    true gradient, 1/amplitude, is huge or NaN.
     """
     spectrum = torch.fft.rfft2(at_least_float32(x), norm="ortho")
     spectrum = real_where_it_must_be(spectrum, x.shape[2:])
@@ -78,6 +80,7 @@ def real_where_it_must_be(spectrum, size):
     This part is 0 apart from rounding; its random sign would choose between phases pi and -pi.
     """
     # Deviation: the released code keeps the random sign.
+    # Indices 0 and side / 2 (side even) along each axis.
     rows, columns = (slice(0, None, side // 2) if side % 2 == 0 else 0 for side in size)
     imaginary = spectrum.imag.clone()
     imaginary[:, :, rows, columns] = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from storage import stand_in, whole
+from storage import wrong_content, whole
 
 FORMAT = 1
 USE = {"target", "train_size", "processing_res"}  # keys of a config that are not sizes of a network
@@ -96,7 +96,7 @@ def open_weights(path, device="cpu"):
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except SafetensorError as error:
-        what = stand_in(path)
+        what = wrong_content(path)
         raise ValueError(f"{path} {what}." if what else f"{path} is not a readable .safetensors "
                          f"file ({error}): download, copy or convert it again.") from None
 

@@ -17,7 +17,7 @@ from data.pairs import FolderOfPairs
 from data.transforms import BadSample
 from data.vkitti import VirtualKITTI
 from data.zeroshot import ZeroShot
-from predict import read_ahead
+from predict import decoded
 
 HEIGHT, WIDTH = 48, 64
 SHAPE = HEIGHT, WIDTH
@@ -67,7 +67,7 @@ def save(path, image, kind="PNG", orientation=1):
 
 
 def upright(path):
-    [(_, image)] = read_ahead(Now(), {"a": path}, 1)  # as predict.py reads it
+    [(_, image)] = decoded(Now(), {"a": path}, 1)  # as predict.py reads it
     if isinstance(image, Exception):
         raise image
     return image

@@ -8,7 +8,7 @@ import pytest
 
 from data.pairs import FolderOfPairs
 from data.transforms import BadSample
-from extras.make_pairs import fill, main
+from extras.make_pairs import fill_gaps, main
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 SHAPE = (6, 8)
@@ -83,13 +83,13 @@ def test_kitti(tmp_path, image, depth):
 def test_fill_takes_the_nearest_surface_within_the_gap():
     depth_m = np.zeros((7, 9), np.float32)
     depth_m[3, 2], depth_m[3, 4] = 8, 2
-    filled = fill(depth_m, 1)
+    filled = fill_gaps(depth_m, 1)
     expected = np.zeros((7, 9))
     expected[2:5, 1:4] = 8
     expected[2:5, 3:6] = 2
     expected[3, 2] = 8
     np.testing.assert_allclose(filled, expected, rtol=1e-6)
-    np.testing.assert_array_equal(fill(depth_m, 0), depth_m)
+    np.testing.assert_array_equal(fill_gaps(depth_m, 0), depth_m)
 
 
 def test_diode_uses_the_mask(tmp_path):

@@ -286,7 +286,7 @@ def test_a_backslash_and_another_encoding_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"line 2: 'rgb\\a.png' has a backslash: write paths"):
         FolderOfPairs(tmp_path)
     (tmp_path / "pairs.csv").write_text("image,depth\na.png,a.npy\n", encoding="utf-16")
-    with pytest.raises(ValueError, match="pairs.csv is not a table.*UTF-8"):
+    with pytest.raises(ValueError, match="pairs.csv can.t be read as a table.*UTF-8"):
         FolderOfPairs(tmp_path)
 
 

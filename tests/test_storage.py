@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import storage
-from storage import sha256, stand_in, walk, whole, write_text
+from storage import sha256, wrong_content, walk, whole, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,11 +70,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
     (b"\n <!DOCTYPE html><html>", "web page"), (b"<HTML lang='en'>", "web page")])
 def test_stand_ins_are_named(head, said):
-    assert said in stand_in(None, head)
+    assert said in wrong_content(None, head)
 
 
 def test_other_beginnings_are_not_known():
-    assert stand_in(None, b"\x89PNG\r\n\x1a\n") is None and stand_in(None, b"") is None
+    assert wrong_content(None, b"\x89PNG\r\n\x1a\n") is None and wrong_content(None, b"") is None
 
 
 @pytest.mark.parametrize("call, places", [

@@ -28,8 +28,8 @@ def test_messages_are_one_line_whatever_names_hold(capsys):
 
 @pytest.mark.parametrize("kind, good, bad", [
     (terminal.positive, ["1", "32"], ["0", "-1", "1.5", "x"]),
-    (terminal.whole, ["0", "32"], ["-1", "1.5", "x"]),
-    (terminal.whole_between(8, 64), ["8", "64"], ["7", "65", "-8", "x"]),
+    (terminal.number_from_0, ["0", "32"], ["-1", "1.5", "x"]),
+    (terminal.number_between(8, 64), ["8", "64"], ["7", "65", "-8", "x"]),
     (terminal.not_negative, ["0", "3e-5"], ["-1", "nan", "inf", "x"])])
 def test_option_types(kind, good, bad):
     assert [kind(text) for text in good] == [float(text) for text in good]

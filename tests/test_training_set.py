@@ -195,6 +195,17 @@ def test_flat_depth_and_no_complete_cell_are_replaced():
     assert "room_2 has equal" in replaced[0].reason and not replaced[0].filtered
 
 
+def test_cells_are_those_of_the_flipped_sample():
+    """At a width of 12 the one cell is the first 8 columns, flipped or not."""
+    valid = torch.ones(1, 8, 12, dtype=torch.bool)
+    valid[..., 8:] = False
+    samples = training_set([Rooms(size=(8, 12), valid=valid)], probabilities=[1.0],
+                           sizes=[(8, 12)])
+    assert has_complete_cell(samples.prepared(0, 0, False)["valid"])
+    with pytest.raises(BadSample, match="no cell of 8x8"):
+        samples.prepared(0, 0, True)
+
+
 def test_other_errors_are_not_swallowed():
     samples = training_set([Rooms(faults={i: ZeroDivisionError() for i in range(13)})],
                            probabilities=[1.0], sizes=[SIZE])

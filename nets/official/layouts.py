@@ -32,7 +32,7 @@ def our_name(name, layout):
         for pattern in (theirs,) if isinstance(theirs, str) else theirs:
             found = match(pattern, name)
             if found is not None:
-                return fill(ours, found)
+                return numbered(ours, found)
     return None
 
 
@@ -42,7 +42,7 @@ def their_names(name, layout):
         found = match(ours, name)
         if found is not None:
             patterns = (theirs,) if isinstance(theirs, str) else theirs
-            return [fill(pattern, found) for pattern in patterns]
+            return [numbered(pattern, found) for pattern in patterns]
     return []
 
 
@@ -64,7 +64,7 @@ def compiled(pattern):
     return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)") + r"(\.weight|\.bias)?")
 
 
-def fill(pattern, found):
+def numbered(pattern, found):
     *numbers, ending = found
     return pattern.replace("#", "{}").format(*numbers) + ending
 

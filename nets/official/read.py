@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nets import model_file
-from storage import LARGEST, check_file, compressed, first_bytes, stand_in
+from storage import LARGEST, check_file, compressed, first_bytes, wrong_content
 
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
@@ -57,7 +57,7 @@ def read_json(file):
         check_file(file, LARGEST)
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        what = stand_in(file) or f"is not valid JSON ({error}): download it again"
+        what = wrong_content(file) or f"is not valid JSON ({error}): download it again"
         raise ValueError(f"{file} {what}.") from None
 
 
@@ -65,7 +65,7 @@ def read_tensors(file):
     """{name: tensor} of a weight file (its content shows the format) or an index's files."""
     if file.suffix == ".json":
         return read_shards(file)
-    if what := stand_in(file):
+    if what := wrong_content(file):
         raise ValueError(f"{file} {what}.")
     if first_bytes(file)[8:9] != b"{":  # where the header of .safetensors begins
         return read_pickle(file)

@@ -85,6 +85,8 @@ def fit(part, dtype=torch.float32):
     Uses every source tensor exactly once and fills every tensor of ours; otherwise ValueError with
     the names and the likely cause. ValueError also if a number is not finite in dtype.
     """
+    # Their names -> ours gives the shapes, the shapes give the sizes, the sizes give our network.
+    # Then each of its tensors, our name -> theirs, is fetched: ours may join several of theirs.
     layout = layouts.choose(part.net, part.tensors)
     ours = {name: layouts.our_name(name, layout) for name in part.tensors}
     shapes = {ours[name]: tuple(tensor.shape) for name, tensor in part.tensors.items()

@@ -33,7 +33,7 @@ def saved_bytes(function):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = function()  # kept during the count, so that no freed memory is used twice
+        result = function()  # it keeps the saved tensors, so no address is used a second time
     total = sum(storages.values())
     del result
     return total
