@@ -216,6 +216,7 @@ def _near(x_m):
 
 def _edges_above(steps, direction):
     """Number of the ten t that each pair exceeds, its direction, N -> pairs above each t, 4,10."""
+    # A histogram for each direction: how many pairs exceed exactly 0, 1, ... 10 of the t.
     per_step = torch.bincount(11 * direction + steps, minlength=44).view(4, 11)
     return per_step.flip(1).cumsum(1)[:, :-1].flip(1).double()
 

@@ -166,8 +166,8 @@ def open_source(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: give a local file or folder of Stable "
                                 "Diffusion 2 or DINOv2.")
-    settings = path.suffix == ".json" and ".index" not in path.name
-    if path.is_file() and (settings or re.search(r"-\d+-of-\d+\.", path.name)):
+    is_config = path.suffix == ".json" and ".index" not in path.name
+    if path.is_file() and (is_config or re.search(r"-\d+-of-\d+\.", path.name)):
         path = path.parent  # the file is a config.json or one shard: open its folder
     path = within(path)
     if model_file.holds_networks(path):
@@ -237,8 +237,8 @@ def open_diffusers(folder):
     parts, files, ignored = {}, {}, []
     exported = folder / TEXT_CONSTANT
     exported = exported if exported.is_file() else None
-    mean = (folder / "unet_ema").is_dir() and not (folder / "unet").is_dir()
-    unet = "unet_ema" if mean else "unet"
+    averaged = (folder / "unet_ema").is_dir() and not (folder / "unet").is_dir()
+    unet = "unet_ema" if averaged else "unet"
     for net, name in (("unet", unet), ("vae", "vae"), ("text", "text_encoder")):
         if net == "text" and (exported or not (folder / name).is_dir()):
             continue

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nets.unet import UNet
-from tests.small_runs import SHORT, UNET, files  # noqa: F401
+from tests.worlds import SHORT, UNET, files  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD = 13, 17
