@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import hypersim_geometry, vkitti
-from data.hypersim import SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
+from data.hypersim import SCENE, SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
 from data.pairs import MIN_DEPTH_M, PAIRS_CSV, FolderOfPairs
 from data.transforms import KITTI_CROP
 from data.vkitti import TREES, VirtualKITTI, holds_scenes
@@ -58,6 +58,19 @@ BENCHMARKS = {
 }
 
 
+def open_reader(kind, folder, split, crop, exif="auto", **pairs):
+    """A reader of the class `kind`; crop: for Virtual KITTI 2, pairs: keywords of FolderOfPairs."""
+    if kind is VirtualKITTI:
+        reader = VirtualKITTI(folder, split, crop)
+    elif kind is FolderOfPairs:
+        reader = FolderOfPairs(folder, **pairs)
+    else:
+        reader = kind(folder, split)
+        check_usable(reader)
+    reader.exif = exif
+    return reader
+
+
 # ----------------------------------------------------------------------------- to score
 
 
@@ -73,18 +86,17 @@ def open_benchmark(name, folder, vkitti_crop=KITTI_CROP, hypersim_split="val", *
                                 f"{name}: give the folder that it lies in with --data.")
     if name in LAYOUTS:
         reader = ZeroShot(name, folder)
-    elif name == "vkitti":
-        reader = VirtualKITTI(folder, "val", vkitti_crop)
+        reader.exif = pairs.get("exif", "auto")
+        return reader
+    split = hypersim_split if name == "hypersim" else "val"
+    if name == "vkitti":
+        kind = VirtualKITTI
     elif name == "pairs":
-        reader = FolderOfPairs(folder / "val" if holds_pairs(folder / "val") else folder, **pairs)
+        kind, folder = FolderOfPairs, folder / "val" if holds_pairs(folder / "val") else folder
     else:
         entries = sorted(entry.name for entry in folder.iterdir())
-        processed = holds_processed_hypersim(folder, entries)
-        split = hypersim_split if name == "hypersim" else "val"
-        reader = (ProcessedHypersim if processed else Hypersim)(folder, split)
-        check_usable(reader)
-    reader.exif = pairs.get("exif", "auto")
-    return reader
+        kind = ProcessedHypersim if holds_processed_hypersim(folder, entries) else Hypersim
+    return open_reader(kind, folder, split, vkitti_crop, **pairs)
 
 
 def locate(name, root, alone):
@@ -126,20 +138,14 @@ def open_training_source(root, split="train", crop=KITTI_CROP, **pairs):
     root = Path(root)
     check_folder(root)
     kind = kind_of(root)
-    if kind in (Hypersim, ProcessedHypersim):
-        reader = kind(root, split)
-        check_usable(reader)
-    elif kind is VirtualKITTI:
-        reader = VirtualKITTI(root, split, crop)
-    elif kind is FolderOfPairs:
-        folder = root / split if any(holds_pairs(root / name) for name in SPLITS) else root
-        if folder == root and split != "train":
-            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
-        reader = FolderOfPairs(folder, **pairs)
-    else:
+    if kind is None:
         raise FileNotFoundError(unknown_data(root))
-    reader.exif = pairs.get("exif", "auto")
-    return reader
+    if kind is FolderOfPairs:
+        if any(holds_pairs(root / name) for name in SPLITS):
+            root = root / split
+        elif split != "train":
+            log.warning("%s has no folders train and val: all of it serves as %s.", root, split)
+    return open_reader(kind, root, split, crop, **pairs)
 
 
 def check_folder(root):
@@ -189,7 +195,7 @@ def unknown_data(root):
 
 
 def is_scene(name):
-    return re.fullmatch(r"ai_\d{3}_\d{3}", name) is not None
+    return re.fullmatch(SCENE, name) is not None
 
 
 def holds_raw_hypersim(root, entries):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from data.loading import preflight, read_ahead
 from data.pairs import add_pair_options
 from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
-from data.sources import check_folder, open_training_source
+from data.sources import check_folder, open_reader, open_training_source
 from data.transforms import (
     KITTI_CROP,
     TARGETS,
@@ -183,8 +183,7 @@ def open_training_set(data, vkitti, size, crop=KITTI_CROP, target="sqrt_disparit
         sizes.append(size)
     if vkitti:
         check_folder(Path(vkitti))
-        sources.append(VirtualKITTI(vkitti, "train", crop))
-        sources[-1].exif = pairs.get("exif", "auto")
+        sources.append(open_reader(VirtualKITTI, vkitti, "train", crop, **pairs))
         probabilities.append(0.1)
         sizes.append(crop)
     return TrainingSet(sources, probabilities, sizes, target, seed, batch, rgb_resize)
