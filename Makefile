@@ -22,7 +22,7 @@ demo: .venv/ready   ## the main job in small: render, train both stages, evaluat
 # Much of the time of runs that are killed is waiting, so the other tests run beside them. (Some
 # more go with them, which evens out the two halves.)
 RUNS = tests/faults tests/test_trainers.py tests/test_train_stage2.py tests/test_systems.py tests/test_speed.py
-test: .venv/ready
+test: .venv/extras
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 test-units test-runs
 
 test-units:
@@ -55,6 +55,10 @@ miniature: .venv/ready
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+.venv/extras: .venv/ready extras/requirements.txt
+	.venv/bin/pip install -q -r extras/requirements.txt
 	touch $@
 
 .venv-reference/ready: tests/requirements-reference.txt

@@ -53,7 +53,7 @@ def options():
     source = parser.add_argument_group("what is scored").add_mutually_exclusive_group()
     source.add_argument("--ckpt", type=Path, help="model (.safetensors)")
     source.add_argument("--predictions", type=Path, metavar="DIR", help="saved predictions, as "
-                        "DIR/SET/IMAGE.npy or .png (16 bit), IMAGE as in per_image.csv")
+                        "DIR/SET/IMAGE.npy, .png (16 bit) or .exr, IMAGE as in per_image.csv")
     source.add_argument("--compare", type=Path, nargs="+", metavar="DIR", help="compare "
                         "finished evaluations (their --out folders), score nothing")
     add = parser.add_argument_group("on what").add_argument

@@ -126,6 +126,45 @@ def read_npz(path, key=None):
             return arrays[key or single_key(arrays.files, path)]
 
 
+def read_exr(path):
+    """An OpenEXR file -> its channel Z, else Y, else its only channel, as stored, H,W."""
+    try:
+        import OpenEXR
+    except ImportError:
+        raise BadSample(f"{path} is an OpenEXR file: install OpenEXR (extras/requirements.txt), or "
+                        "convert it to .npy.") from None
+    with blame(path), open(path, "rb") as file:
+        headers = [part.header for part in exr_parts(OpenEXR, file, header_only=True)]
+        if any("deep" in header["type"].name for header in headers):
+            raise BadSample(f"{path} holds several depths per pixel (deep data): flatten it.")
+        check_bytes(path, sum(map(exr_bytes, headers)))
+        channels = exr_parts(OpenEXR, file, separate_channels=True)[0].channels
+        names = sorted(channels)
+        name = next((name for name in ("Z", "Y") if name in names), names[0])
+        if name not in ("Z", "Y") and len(names) > 1:
+            raise BadSample(f"{path} has the channels {', '.join(names[:5])}"
+                            f"{', ...' if names[5:] else ''}: call the depth map's channel Z.")
+        return channels[name].pixels
+
+
+def exr_parts(OpenEXR, file, **options):
+    """The parts of an open OpenEXR file; ValueError if it can't be read."""
+    file.seek(0)
+    try:
+        parts = OpenEXR.File(file, **options).parts
+    except RuntimeError:
+        parts = []
+    if not parts:  # for a damaged file OpenEXR prints the reason, but raises nothing
+        raise ValueError("it is no OpenEXR file, or a damaged one")
+    return parts
+
+
+def exr_bytes(header):
+    """The most bytes that the decoded channels of a part of an OpenEXR file take."""
+    first, last = (corner.astype(np.int64) for corner in header["dataWindow"])
+    return 4 * len(header["channels"]) * math.prod(int(side) for side in last - first + 1)
+
+
 def check_bytes(path, count):
     if count > MAX_BYTES:
         raise BadSample(f"{path} would take {count:,} bytes, and no more than {MAX_BYTES:,} are "

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from data.files import read_hdf5, read_npy, read_npz, read_table
+from data.files import read_exr, read_hdf5, read_npy, read_npz, read_table
 from data.images import PICTURES, read_picture, read_png16, read_rgb
 from data.transforms import BadSample, pack_sample, resize_nearest
 from storage import walk
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 PAIRS_CSV = "pairs.csv"
 MIN_DEPTH_M = 1e-5
-DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".pfm", ".hdf5", ".h5", ".tif", ".tiff")
+DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".pfm", ".hdf5", ".h5", ".tif", ".tiff", ".exr")
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 MANY, FAR_M = 0.01, 1000.0  # share of a map's pixels, metres: `doubt` reports a map above them
 SAME_SHAPE = 0.02  # by how much a depth map's aspect ratio may differ from its image's
@@ -64,8 +64,8 @@ class FolderOfPairs:
     """Pairs of an image and a planar depth map of the same size.
 
     Depth maps are 16-bit PNG or another file of integers, in units of 1/depth_scale metres, or
-    floating-point .npy, .npz, .pfm, .tif or .hdf5 in metres. A pixel without depth is 0, negative,
-    NaN, inf or above max_depth (metres; None: no limit).
+    floating-point .npy, .npz, .pfm, .tif, .exr or .hdf5 in metres. A pixel without depth is 0,
+    negative, NaN, inf or above max_depth (metres; None: no limit).
     """
 
     benchmark = "pairs"  # key of BENCHMARKS in data/sources.py
@@ -242,6 +242,8 @@ def read_values(path):
         return read_hdf5(path, key=None)
     if suffix in (".pfm", ".tif", ".tiff"):
         return read_picture(path)
+    if suffix == ".exr":
+        return read_exr(path)
     if suffix in LOSSY_SUFFIXES:
         raise BadSample(f"{path} is a JPEG, which does not keep depth as it is: write depth maps "
                         "as 16-bit PNG or .npy.")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import read_npy
+from data.files import read_exr, read_npy
 from data.images import read_png16
 from data.transforms import BadSample, kitti_crop
 
-SUFFIXES = (".npy", ".png")
+READERS = {".npy": read_npy, ".png": read_png16, ".exr": read_exr}  # by suffix
 # Names that other systems' scripts give to the prediction for NAME; NAME itself comes first.
 FORMS = {
     "NAME": lambda name: name,
@@ -24,11 +24,12 @@ FORMS = {
 def find_prediction(folder, name):
     """(file, form) of the prediction for a sample: the form is one of FORMS; (None, None) if none.
 
-    Searches the sample's folder for the name in each form; .npy before .png.
+    Searches the sample's folder for the name in each form; the suffixes in
+    the order of READERS.
     """
     place = Path(folder) / name
     for form, renamed in FORMS.items():
-        for suffix in SUFFIXES:
+        for suffix in READERS:
             path = place.with_name(renamed(place.name) + suffix)
             if path.exists():
                 return path, form
@@ -51,7 +52,7 @@ def state(folder, names):
 
 
 def read_prediction(folder, name, size, uncropped=None):
-    """The prediction for a sample, a 16-bit .png or .npy -> float64 H,W, as stored.
+    """The prediction for a sample, a .npy, 16-bit .png or .exr -> float64 H,W, as stored.
 
     name: the sample's; size: height and width of its truth. uncropped: the whole image's size if
     the truth is KITTI's benchmark crop of it; a prediction of that size is cropped, too. Raises
@@ -61,8 +62,7 @@ def read_prediction(folder, name, size, uncropped=None):
     if path is None:
         raise BadSample(f"{Path(folder) / name}.npy is missing, and so are the names that other "
                         f"systems give it ({', '.join(FORMS)}).")
-    pred = read_png16(path) if path.suffix == ".png" else read_npy(path)
-    pred = pred.squeeze()
+    pred = READERS[path.suffix](path).squeeze()
     if uncropped and pred.shape == tuple(uncropped):
         pred = pred[kitti_crop(pred.shape, size, path)]
     if pred.shape != tuple(size) or pred.dtype.kind not in "fiu":

@@ -253,11 +253,11 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"x")
     reader = FolderOfPairs(tmp_path)
     assert len(reader) == 1 and caplog.text == ""
-    for name in ("rgb/b.mov", "rgb/c.mov", "depth/d.exr"):
+    for name in ("rgb/b.mov", "rgb/c.mov", "depth/d.dpt"):
         (tmp_path / name).write_bytes(b"x")
     assert len(FolderOfPairs(tmp_path)) == 1
     assert "3 files are of no kind that is read here" in caplog.text
-    assert "rgb/b.mov" in caplog.text and ".mov 2, .exr 1" in caplog.text
+    assert "rgb/b.mov" in caplog.text and ".mov 2, .dpt 1" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "jpe", "mpo", "avif", "gif", "webp", "bmp", "tif"])
