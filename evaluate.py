@@ -71,7 +71,9 @@ def options():
     add("--preflight", action="store_true", help="open every file, say what is wrong, and stop")
     add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
     add = parser.add_argument_group("how").add_argument
-    add("--align", choices=metrics.SPACES, help="space of the fit (the model's; sqrt_disparity)")
+    add("--align", choices=metrics.ALIGNMENTS, help="space of the fit (the model's; "
+        "sqrt_disparity); for saved predictions that are depth: scale (by the median), or none, "
+        "in metres (PNG: millimetres)")
     add("--align-negative", choices=metrics.NEGATIVE, default="clamp",
         help="aligned values below 0; square: as the released code (%(default)s)")
     add("--f1-mask", choices=metrics.F1_MASKS, default="pair",
@@ -88,6 +90,8 @@ def options():
     args = parser.parse_args()
     if args.predictions and args.paradigm != "single":
         parser.error("--paradigm is about a model (--ckpt), not about saved predictions")
+    if args.align in metrics.METRIC and not args.predictions:
+        parser.error(f"--align {args.align} is for saved predictions (--predictions)")
     return args
 
 
@@ -124,10 +128,10 @@ def model_predictor(model, processing_res, paradigm):
     return of_truths if paradigm == "i2l" else of_images
 
 
-def saved_predictor(folder):
-    """A function: samples -> their saved predictions, read from a folder."""
+def saved_predictor(folder, metric):
+    """A function: samples -> their saved predictions, read from a folder; metric: in metres."""
     return lambda samples: [predictions.read_prediction(
-        folder, sample["name"], sample["depth"].shape[1:], sample.get("uncropped"))
+        folder, sample["name"], sample["depth"].shape[1:], sample.get("uncropped"), metric)
         for sample in samples]
 
 
@@ -148,12 +152,13 @@ def identity(path):
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def state_of_predictions(folder, keys):
+def state_of_predictions(folder, keys, metric):
     """{set: state of its saved predictions}, for the images (set, name) in keys."""
     names, states = dict.fromkeys(name for name, _ in keys), {}
     for name in names:
         images = [image for which, image in keys if which == name]
-        forms, states[name] = predictions.state(locate(name, folder, len(names) == 1), images)
+        forms, states[name] = predictions.state(
+            locate(name, folder, len(names) == 1), images, metric)
         if forms.keys() - {"NAME"}:
             counts = ", ".join(f"{count} {form}" for form, count in forms.items())
             say(f"{name}: of {len(images)} predictions are there under the names: {counts}.")
@@ -234,7 +239,9 @@ def main():
     # Saved predictions are read one by one, so that a bad file affects no other image.
     batch = model and args.batch or (8 if ranks.device.type == "cuda" else 1)
     args.align = args.align or (model.target if model else "sqrt_disparity")
-    spaces = [args.align, *(s for s in metrics.SPACES if s != args.align and not model)]
+    metric = args.align in metrics.METRIC
+    spaces = [args.align, *(s for s in metrics.SPACES
+                            if s != args.align and not model and not metric)]
     sets = opened()
     keys = [(name, reader.name(index)) for name, reader in sets
             for index in range(len(reader))[:args.limit]]
@@ -248,7 +255,7 @@ def main():
             "precision", "paradigm", "processing_res")} | {"batch": str(batch)}
         settings |= state_of_weights(ckpt, before)
     else:
-        settings |= state_of_predictions(args.predictions, keys)
+        settings |= state_of_predictions(args.predictions, keys, metric)
     columns = [*metrics.SCORES, "height", "width", "unfitted",
                *(f"{space}:{name}" for space in spaces[1:] for name in metrics.SCORES)]
     journal = open_journal(args.out, settings, columns, keys, ranks)
@@ -260,7 +267,7 @@ def main():
             longest = next(choice for choice in choices if choice is not None)
             predict = model_predictor(model, longest, args.paradigm)
         else:
-            predict = saved_predictor(locate(name, args.predictions, alone=len(sets) == 1))
+            predict = saved_predictor(locate(name, args.predictions, len(sets) == 1), metric)
         images = [reader.name(index) for index in range(len(reader))[:args.limit]]
         done = {image for image in images if (name, image) in journal.rows
                 and (not args.report or has_pictures(args.out, name, image))}

@@ -8,11 +8,14 @@ float64. `valid` is a bool mask of the same shape; valid depths are above 0.
 
 import math
 
+import numpy as np
 import torch
 
 from data.transforms import TARGETS as SPACES
 from data.transforms import to_target_space
 
+METRIC = ("scale", "none")  # alignments of predictions that are depth already
+ALIGNMENTS = (*SPACES, *METRIC)
 NEGATIVE = ("clamp", "square")
 F1_MASKS = ("pair", "owner", "none")
 SCORES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "irmse", "silog",
@@ -33,11 +36,13 @@ def align(pred, depth_m, valid, space, negative="clamp", fit=None):
     pixels, or all of one value), the result is the flat map at the mean of the truth in `space`
     over the valid pixels. In the depth space the result may be 0 or negative; `score` clips it to
     the data set's range.
+    space `scale`: pred is depth, multiplied by the ratio of the medians of truth and prediction
+    over the valid pixels, as is usual for metric systems. `none`: pred is in metres, left as it is.
     negative: treatment of a square-root disparity below 0: `clamp` makes it 0 (far), `square`
     squares it, which makes it near again (as in the released code).
     fit: the result of `fit_scale_shift` for these inputs; None: computed here.
     """
-    _check_choice("space", space, SPACES)
+    _check_choice("space", space, ALIGNMENTS)
     _check_choice("negative", negative, NEGATIVE)
     if not torch.count_nonzero(valid):
         raise ValueError("the truth has no valid pixel to align to.")
@@ -51,21 +56,28 @@ def align(pred, depth_m, valid, space, negative="clamp", fit=None):
         if space == "sqrt_disparity":
             # Deviation: clamped by default, not squared.
             (block.clamp_(min=0) if negative == "clamp" else block).square_()
-        if space != "depth":
+        if "disparity" in space:
             block.clamp_(min=MIN_DISPARITY).reciprocal_()
     return aligned
 
 
 def flat(depth_m, valid, space):
     """Scale 0 and the shift that makes any prediction the mean of the truth in `space`."""
+    space = space if space in SPACES else "depth"
     return 0.0, to_target_space(depth_m[valid].double(), space).mean().item()
 
 
 def fit_scale_shift(pred, depth_m, valid, space):
     """Least squares of scale * pred + shift to the truth in `space`; None if undetermined.
 
-    Scale and shift are undetermined with fewer than two pixels to fit or a constant prediction.
+    Scale and shift are undetermined with fewer than two pixels to fit or a constant prediction, in
+    `scale` with a median that is not above 0.
     """
+    if space == "none":
+        return 1.0, 0.0
+    if space == "scale":
+        median, true = (float(np.median(x[valid].cpu())) for x in (pred, depth_m))
+        return (true / median, 0.0) if median > 0 else None
     parts = []
     # One pixel's values are subtracted from all: products of nearly equal numbers lose digits.
     origin = None

@@ -19,16 +19,18 @@ FORMS = {
     "pred_NAME without rgb_": lambda name: f"pred_{name.removeprefix('rgb_')}",
     "NAME_pred": lambda name: f"{name}_pred",  # GeoWizard, Marigold's script for pictures
 }
+METRIC_FORMS = {"NAME_metres": lambda name: f"{name}_metres"} | FORMS  # predict.py --metric
+MILLIMETRES = 1000  # units per metre in a depth map of integers
 
 
-def find_prediction(folder, name):
+def find_prediction(folder, name, metric=False):
     """(file, form) of the prediction for a sample: the form is one of FORMS; (None, None) if none.
 
-    Searches the sample's folder for the name in each form; the suffixes in
-    the order of READERS.
+    Searches the sample's folder for the name in each form (of METRIC_FORMS, if a depth map in
+    metres is wanted); the suffixes in the order of READERS.
     """
     place = Path(folder) / name
-    for form, renamed in FORMS.items():
+    for form, renamed in (METRIC_FORMS if metric else FORMS).items():
         for suffix in READERS:
             path = place.with_name(renamed(place.name) + suffix)
             if path.exists():
@@ -36,14 +38,14 @@ def find_prediction(folder, name):
     return None, None
 
 
-def state(folder, names):
+def state(folder, names, metric=False):
     """({form: count} of the existing predictions for these names, a digest of their state).
 
     The digest covers the files' paths, sizes and times of last change.
     """
     digest, forms = hashlib.sha256(), Counter()
     for name in names:
-        path, form = find_prediction(folder, name)
+        path, form = find_prediction(folder, name, metric)
         if path:
             found = path.stat()
             digest.update(os.fsencode(f"{path} {found.st_size} {found.st_mtime_ns}\n"))
@@ -51,14 +53,16 @@ def state(folder, names):
     return forms, digest.hexdigest()
 
 
-def read_prediction(folder, name, size, uncropped=None):
+def read_prediction(folder, name, size, uncropped=None, metric=False):
     """The prediction for a sample, a .npy, 16-bit .png or .exr -> float64 H,W, as stored.
+
+    metric: depth in metres is wanted; integers are millimetres.
 
     name: the sample's; size: height and width of its truth. uncropped: the whole image's size if
     the truth is KITTI's benchmark crop of it; a prediction of that size is cropped, too. Raises
     BadSample, naming the file, if it is missing, not readable, of another size or not finite.
     """
-    path, _ = find_prediction(folder, name)
+    path, _ = find_prediction(folder, name, metric)
     if path is None:
         raise BadSample(f"{Path(folder) / name}.npy is missing, and so are the names that other "
                         f"systems give it ({', '.join(FORMS)}).")
@@ -68,7 +72,7 @@ def read_prediction(folder, name, size, uncropped=None):
     if pred.shape != tuple(size) or pred.dtype.kind not in "fiu":
         raise BadSample(f"{path} holds {pred.dtype} of shape {pred.shape}, but the truth has "
                         f"shape {tuple(size)}: save predictions at that size.")
-    pred = pred.astype(np.float64)
+    pred = pred.astype(np.float64) / (MILLIMETRES if metric and pred.dtype.kind != "f" else 1)
     bad = np.count_nonzero(~np.isfinite(pred))
     if bad:
         raise BadSample(f"{path} has {bad} values that are NaN or infinite: write finite numbers.")

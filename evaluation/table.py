@@ -9,6 +9,10 @@ COLUMNS = {  # score: heading, factor and digits of the printed number
     "silog": ("SILog", 1, 2), "boundary_f1": ("F1", 100, 2),
 }
 WIDTH = 9  # of a column
+METRIC = {  # how predictions in metres are aligned
+    "none": "Predictions in metres, as they are",
+    "scale": "Predictions times the ratio of the medians of truth and prediction",
+}
 
 
 def table(results):
@@ -26,8 +30,9 @@ def table(results):
     yield ""
     yield ("AbsRel, d1-d3 and F1 in per cent, SqRel and RMSE in m, iRMSE in 1/m; (published): the "
            "paper's DepthMaster.")
-    yield ("Scale and shift by least squares in float64 at the truth's size. F1 is not comparable "
-           "across resolutions.")
+    aligned = {METRIC.get(result["align"], "Scale and shift by least squares in float64 at the "
+                          "truth's size") for result in results.values()}
+    yield f"{'; '.join(aligned)}. F1 is not comparable across resolutions."
     yield from (f"{name}: {'; '.join(describe(result))}." for name, result in results.items())
 
 

@@ -13,7 +13,7 @@ from data.sources import BENCHMARKS
 from evaluation.pictures import ERROR_MAX, colourise, nearness
 from evaluation.journal import PICTURE_NAMES as PICTURES
 from evaluation.journal import read_results
-from evaluation.table import describe_count
+from evaluation.table import METRIC, describe_count
 from storage import whole
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -54,7 +54,8 @@ PUBLISHED = {  # {set: {system: (AbsRel, delta1)}}, as fractions
     name: {system: tuple(float(number) / 100 for number in numbers.split()[2 * at : 2 * at + 2])
            for system, numbers, _ in SYSTEMS} for at, name in enumerate(PUBLISHED_SETS)}
 
-SPACES = {"sqrt_disparity": "square-root disparity", "disparity": "disparity", "depth": "depth"}
+SPACES = {"sqrt_disparity": "square-root disparity", "disparity": "disparity", "depth": "depth",
+          "scale": "depth, by its scale", "none": "metres"}
 PARADIGMS = {
     "single": "a single pass", "iterative": "four passes, each on the last one's output",
     "i2l": "no prediction, but the truth sent through the autoencoder",
@@ -220,7 +221,7 @@ def describe(name, result):
         size = f"With the longest side at {longest} px" if longest else "At the native size"
         how = PARADIGMS[result["paradigm"]]
         yield "Prediction", f"{size}, in {result['precision']}; {how}."
-    yield "Alignment", (
+    yield "Alignment", f"{METRIC[space]}." if space in METRIC else (
         f"In {SPACES[space]}: scale and shift by least squares in float64, at the truth's size, "
         f"over its valid pixels{'' if space == 'depth' else ' that were predicted above 0'}.")
     for fitted, scores in {space: result, **result["other_alignments"]}.items():
@@ -237,6 +238,6 @@ def describe(name, result):
 def describe_range(name, space):
     """What the aligned predictions of a set were clipped to, as a sentence."""
     low, high = BENCHMARKS[name].min_depth, BENCHMARKS[name].max_depth
-    far = "" if space == "depth" else "Disparity to at least 0.001/m, then depth to "
+    far = "" if "disparity" not in space else "Disparity to at least 0.001/m, then depth to "
     return (far or "Depth to ") + f"{low:g} m " + (
         f"at least, {high:g} m at most." if math.isfinite(high) else "at least.")

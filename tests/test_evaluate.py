@@ -223,6 +223,41 @@ def test_paradigms(paradigm, world, ckpt, monkeypatch, capsys):
     assert f"paradigm {paradigm}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("space", metrics.METRIC)
+def test_predictions_in_metres(space, world, monkeypatch, capsys):
+    """predict.py's names come first; PNG holds millimetres; nothing but `space` is scored."""
+    expected = []
+    for name in SIZES:
+        depth_m, valid = truth(world, name)
+        metres = np.where(valid, depth_m, 3) * np.float32(1.3) + np.float32(1)
+        path = world / "saved/pairs/rgb" / name  # NAME.npy, the map without metres, lies there, too
+        if name == "deep/c":
+            millimetres = np.round(1000 * metres)
+            save(path.with_name("c_metres.png"), millimetres)
+            metres = millimetres.astype(np.float64) / 1000
+        else:
+            np.save(path.with_name(f"{path.name}_metres.npy"), metres)
+        if space == "scale":
+            metres = metres * (np.median(depth_m[valid]) / np.median(metres[valid]))
+        absolute = np.abs(metres - depth_m)[valid] / depth_m[valid]
+        expected.append(absolute.mean())
+    options = ["--predictions", world / "saved", "--data", world / "root", "--align", space]
+    assert call(monkeypatch, *options, "--out", world / "out", "--report") == 0
+    found, images = results(world / "out")
+    for name, abs_rel in zip(SIZES, expected):
+        assert images["pairs", f"rgb/{name}"]["abs_rel"] == pytest.approx(abs_rel, rel=1e-5)
+    assert found["pairs"]["align"] == space and found["pairs"]["other_alignments"] == {}
+    assert expected[0] > 0.01 and "NAME_metres" in capsys.readouterr().err
+    page = (world / "out/report.html").read_text()
+    assert ("Predictions in metres, as they are" in page) == (space == "none")
+    assert ("times the ratio of the medians" in page) == (space == "scale")
+
+
+def test_a_model_has_no_metres(ckpt, monkeypatch, capsys):
+    assert call(monkeypatch, "--ckpt", ckpt, "--align", "none") == 2
+    assert "--align none is for saved predictions" in capsys.readouterr().err
+
+
 def test_saved_predictions_have_no_paradigm(world, monkeypatch, capsys):
     assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
                 "--paradigm", "i2l", "--out", world / "out") == 2

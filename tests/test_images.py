@@ -67,7 +67,7 @@ def save(path, image, kind="PNG", orientation=1):
 
 
 def upright(path):
-    [(_, image)] = decoded(Now(), {"a": path}, 1)  # as predict.py reads it
+    [(_, _, image)] = decoded(Now(), {"a": path}, 1)  # as predict.py reads it
     if isinstance(image, Exception):
         raise image
     return image

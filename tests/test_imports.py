@@ -20,10 +20,10 @@ ALLOWED = {
     "engine": {"engine"},
     "storage": set(),
     "miniature": PACKAGES - {"extras"},
-    "extras": {"extras", "evaluation", "data"},
+    "extras": {"extras", "evaluation", "data", "engine"},
     "benchmarks": PACKAGES,
 }
-COMMANDS = {"data/prepare_hypersim.py", "extras/make_pairs.py"}  # run as python -m
+COMMANDS = {"data/prepare_hypersim.py"}  # run as python -m
 FORBIDDEN = {"diffusers", "transformers", "torchvision", "cv2", "timm", "scipy"}
 
 

@@ -55,6 +55,17 @@ def test_align_handles_negative_disparities_as_asked(negative):
     assert (found[5, 0] == 1000) == (negative == "clamp")
 
 
+def test_metric_predictions_are_scaled_or_left():
+    depth_m, valid = boxes(holes=0.05)
+    pred = 1.7 * np.where(valid, depth_m, 4) + 0.1
+    left = metrics.align(*tensors(pred, depth_m, valid), "none")
+    np.testing.assert_array_equal(left, pred)
+    scaled = metrics.align(*tensors(pred, depth_m, valid), "scale").numpy()
+    np.testing.assert_allclose(scaled, pred * np.median(depth_m[valid]) / np.median(pred[valid]))
+    flat = metrics.align(*tensors(np.zeros_like(pred), depth_m, valid), "scale").numpy()
+    np.testing.assert_allclose(flat, depth_m[valid].mean(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("space", metrics.SPACES)
 def test_perfect_prediction_up_to_scale_and_shift(space):
     depth_m, valid = boxes()

@@ -16,6 +16,8 @@ from PIL import Image
 import predict
 from data.images import read_rgb
 from evaluation.pictures import INVALID_COLOUR, colourise, comparison, font_size
+from extras.inputs import find_inputs
+from extras.outputs import to_sqrt_disparity
 from extras.pictures import MEANING, with_legend
 from miniature import embedded
 from nets.depthmaster import DepthMaster
@@ -23,6 +25,7 @@ from tests import worlds
 from tests.worlds import photo, save_tiny
 
 
+RECORD = "predictions.json"
 FLOAT32 = ("--precision", "float32")  # not what is fast on the machine at hand
 
 
@@ -66,7 +69,7 @@ def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
     assert "broken.jpg" in printed.err and "error: 1 of 3 pictures" in printed.err
     names = ["a", "deep/er/b.v2"]
     assert set(files_in(out)) == {f"{name}{ending}" for name in names
-                                  for ending in (".npy", ".png", "_color.png")}
+                                  for ending in (".npy", ".png", "_color.png")} | {RECORD}
 
     near = np.load(out / "a.npy")
     expected = DepthMaster.from_file(ckpt).for_inference(precision="float32").predict(image)
@@ -76,7 +79,7 @@ def test_folder_with_a_broken_picture(tmp_path, ckpt, monkeypatch, capsys):
     sixteen = iio.imread(out / "a.png")
     assert sixteen.dtype == np.uint16
     np.testing.assert_array_equal(sixteen, np.round(65535 * near.astype(np.float64)))
-    assert Image.open(out / "a.png").info["Description"] == MEANING
+    assert Image.open(out / "a.png").info["Description"] == f"{MEANING}; value = stored / 65535"
     assert Image.open(out / "a_color.png").info["Description"] == MEANING
     np.testing.assert_array_equal(iio.imread(out / "a_color.png")[:40, :56], colourise(near))
 
@@ -86,7 +89,7 @@ def test_options_reach_the_model(tmp_path, ckpt, monkeypatch):
     iio.imwrite(tmp_path / "a.png", image)
     assert call(monkeypatch, tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out",
                 "--processing-res", 0, "--save", "npy", "--precision", "bfloat16") == 0
-    assert set(files_in(tmp_path / "out")) == {"a.npy"}
+    assert set(files_in(tmp_path / "out")) == {"a.npy", RECORD}
     model = DepthMaster.from_file(ckpt, dtype=torch.bfloat16).for_inference(precision="bfloat16")
     near = np.load(tmp_path / "out" / "a.npy")
     np.testing.assert_array_equal(near, model.predict(image, 0))
@@ -112,10 +115,10 @@ def test_two_folders_with_the_same_relative_path(tmp_path):
         (tmp_path / folder).mkdir()
         iio.imwrite(tmp_path / folder / "a.png", photo(16, 16))
     with pytest.raises(ValueError, match=r"x/a.png and .*y/a.png would both be written as a"):
-        predict.find_pictures([tmp_path / "x", tmp_path / "y"], tmp_path / "out")
-    both = predict.find_pictures([tmp_path], tmp_path / "out")
+        find_inputs([str(tmp_path / "x"), str(tmp_path / "y")], tmp_path / "out", None)
+    both = find_inputs([str(tmp_path)], tmp_path / "out", None)
     assert list(both) == [os.path.join("x", "a"), os.path.join("y", "a")]
-    twice = predict.find_pictures([tmp_path / "x", tmp_path / "x" / "a.png"], tmp_path / "out")
+    twice = find_inputs([str(tmp_path / "x"), str(tmp_path / "x/a.png")], tmp_path / "out", None)
     assert list(twice) == ["a"]
 
 
@@ -123,7 +126,7 @@ def test_earlier_results_in_the_folder_are_not_inputs(tmp_path, ckpt, monkeypatc
     iio.imwrite(tmp_path / "a.jpg", photo(24, 32))
     for _ in range(2):
         assert call(monkeypatch, tmp_path, "--ckpt", ckpt, "--out", tmp_path / "predictions") == 0
-    assert len(files_in(tmp_path)) == 4
+    assert len(files_in(tmp_path)) == 5
     assert "3 files of an earlier run were replaced" in capsys.readouterr().err
 
 
@@ -132,7 +135,7 @@ def test_missing_and_empty_inputs(tmp_path, ckpt, monkeypatch, capsys):
     assert "nowhere is not there" in capsys.readouterr().err
     assert call(monkeypatch, tmp_path, "--ckpt", ckpt) == 1
     assert "holds no picture" in capsys.readouterr().err
-    assert call(monkeypatch, "--save", "exr") == 2
+    assert call(monkeypatch, "--save", "tif") == 2
 
 
 def test_without_arguments_it_predicts_scenes_of_the_miniature(tmp_path, ckpt, monkeypatch, capsys):
@@ -186,10 +189,10 @@ def test_other_targets_become_square_root_disparity():
     depth_m = np.linspace(1, 10, 50).reshape(5, 10)  # the assumed ratio of far to near
     expected = (depth_m**-0.5 - 10**-0.5) / (1 - 10**-0.5)
     as_depth, as_disparity = (depth_m - 1) / 9, (1 / depth_m - 0.1) / 0.9
-    np.testing.assert_allclose(predict.to_sqrt_disparity(as_depth, "depth"), expected, atol=1e-6)
-    found = predict.to_sqrt_disparity(as_disparity, "disparity")
+    np.testing.assert_allclose(to_sqrt_disparity(as_depth, "depth", 10), expected, atol=1e-6)
+    found = to_sqrt_disparity(as_disparity, "disparity", 10)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert predict.to_sqrt_disparity(expected, "sqrt_disparity") is expected
+    assert to_sqrt_disparity(expected, "sqrt_disparity", 10) is expected
 
 
 def test_models_of_another_target_are_converted_and_say_so(tmp_path, monkeypatch, capsys):
@@ -202,7 +205,7 @@ def test_models_of_another_target_are_converted_and_say_so(tmp_path, monkeypatch
     depth = DepthMaster.from_file(ckpt).for_inference(precision="float32").predict(image)
     near = np.load(tmp_path / "out" / "a.npy")
     assert near.dtype == np.float32
-    np.testing.assert_allclose(near, predict.to_sqrt_disparity(depth, "depth"), atol=1e-7)
+    np.testing.assert_allclose(near, to_sqrt_disparity(depth, "depth", 10), atol=1e-7)
 
 
 def test_pictures_of_one_size_are_predicted_together(tmp_path, ckpt, monkeypatch):
@@ -304,7 +307,7 @@ def test_what_is_passed_over_in_a_folder_is_counted_and_named(tmp_path, monkeypa
     assert call(monkeypatch, folder, "--ckpt", ckpt, "--out", tmp_path / "out", "--save",
                 "npy") == 0
     said = capsys.readouterr().err
-    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["a", "b", "c", "d", "e"]
+    assert "".join(sorted(path.stem for path in (tmp_path / "out").glob("*.npy"))) == "abcde"
     assert "3 files are of no kind that is read here and are passed over" in said
     assert ".mp4 2, .txt 1" in said and "DS_Store" not in said and "._a" not in said
 
