@@ -22,6 +22,7 @@ ALLOWED = {
     "miniature": PACKAGES - {"extras"},
     "extras": {"extras", "evaluation", "data", "engine"},
     "benchmarks": PACKAGES,
+    "docs": PACKAGES,
 }
 COMMANDS = {"data/prepare_hypersim.py"}  # run as python -m
 FORBIDDEN = {"diffusers", "transformers", "torchvision", "cv2", "timm", "scipy"}
@@ -29,7 +30,7 @@ FORBIDDEN = {"diffusers", "transformers", "torchvision", "cv2", "timm", "scipy"}
 
 def files():
     folders = ("nets", "engine", "losses", "data", "evaluation", "miniature", "extras",
-               "benchmarks")
+               "benchmarks", "docs")
     return sorted(ROOT.glob("*.py")) + [
         path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -69,7 +70,7 @@ def test_arrows(path):
 def test_core_does_not_import_extras():
     for path in files():
         part = part_of(path)
-        if part not in ("extras", "benchmarks") and path.stem not in ("predict", "evaluate"):
+        if part not in ("extras", "benchmarks", "docs") and path.stem not in ("predict", "evaluate"):
             assert "extras" not in set(imported(path)), path
 
 

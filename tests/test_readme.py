@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-OUTSIDE = {"extras", "miniature", "benchmarks", "tests", "runs"}  # of the core
+OUTSIDE = {"extras", "miniature", "benchmarks", "tests", "runs", "docs"}  # of the core
 CORE = [name for name in sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
         if name.split("/")[0] not in OUTSIDE and not name.startswith(".")
         and not name.endswith("__init__.py")]
@@ -46,7 +46,8 @@ def test_deviations_are_commented_where_they_are_and_the_other_way_round():
 
 
 def test_options_are_there():
-    sources = "".join((ROOT / name).read_text() for name in (*CORE, "extras/make_pairs.py"))
+    files = (*CORE, "extras/make_pairs.py", "extras/outputs.py")
+    sources = "".join((ROOT / name).read_text() for name in files)
     known = set(re.findall(r"[\"'](--[a-z][a-z0-9-]+)[\"']", sources))
     named = set(re.findall(r"[ `](--[a-z][a-z0-9_-]+)", README))
     assert named <= known | {"--help", "--nproc_per_node", "--shutdown_timeout"}
