@@ -5,6 +5,7 @@
     python convert_sd2.py DepthMaster                 # as released -> weights/stage2.safetensors
     python convert_sd2.py dinov2_vitg14_pretrain.pth  # -> weights/dinov2_vitg14.safetensors
     python convert_sd2.py runs/stage1/model.safetensors --export diffusers --out stage1_diffusers
+    python convert_sd2.py runs/stage2/model.safetensors --export onnx --size 576 768 --out a.onnx
 
 Every tensor of the source is accounted for; the tensors determine the kind of the source.
 """
@@ -38,16 +39,25 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="local file or folder, of any official layout")
     parser.add_argument("--out", type=Path, help="file to write (default: weights/NAME.safetensors "
-                        "with NAME by content); with --export the folder to write")
+                        "with NAME by content); with --export the folder or file to write")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"],
                         help="precision of what is written (default: float32)")
-    parser.add_argument("--export", choices=["diffusers"],
-                        help="write a model of this project as the folders that diffusers loads")
+    parser.add_argument("--export", choices=["diffusers", "onnx", "torch"],
+                        help="write a model of this project as the folders that diffusers loads, "
+                        "or as a graph of a fixed --size: an ONNX file, a file of torch.export")
+    parser.add_argument("--size", type=terminal.positive, nargs=2, metavar=("H", "W"),
+                        help="of the pictures that a graph takes: multiples of 8")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     if args.export and args.out is None:
-        parser.error("--export needs --out FOLDER")
-    if args.export:
+        parser.error("--export needs --out, the folder or file to write")
+    if args.export in ("onnx", "torch"):
+        if not args.size:
+            parser.error(f"--export {args.export} needs --size H W")
+        from extras.graph import export_graph
+        check_out(args.out, args.source)
+        tell(str(export_graph(args.source, args.export, args.size, args.out, dtype)))
+    elif args.export:
         tell(str(export(args.source, args.out, dtype)))
     else:
         tell(str(convert(args.source, args.out, dtype)))
@@ -57,7 +67,7 @@ def convert(path, out=None, dtype=torch.float32):
     """Converts a file or folder of one of MODELS; returns the path of the written file."""
     source = open_source(path)
     report(source)
-    check_out(out, source)
+    check_out(out, *source.files.values())
     sources = [f"{name} sha256:{sha256(file)}" for name, file in source.files.items()]
     if source.kind == "dinov2":
         sizes, tensors = fit(source.parts["dinov2"], dtype)
@@ -161,14 +171,14 @@ def dinov2_name(source, width):
     return f"{family}_{size.get(width, f'width{width}')}"
 
 
-def check_out(out, source):
+def check_out(out, *sources):
     """Refuses, before the work, an `out` that is the source or a folder or lies inside a file."""
     if out is None:
         return
     terminal.check_folder(out.parent, f"--out {out}:")
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give the name of a .safetensors file.")
-    if any(out.resolve() == file.resolve() for file in source.files.values()):
+        raise ValueError(f"--out {out} is a folder: give the name of a file.")
+    if any(out.resolve() == file.resolve() for file in sources):
         raise ValueError(f"--out {out} is the source itself: give another file.")
 
 

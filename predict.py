@@ -69,6 +69,8 @@ def options():
     add("--max-pixels", type=terminal.positive, metavar="N",
         help="refuse pictures of more (179 million): they take some 30 bytes of memory a pixel")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
+    add("--doctor", action="store_true", help="say what this machine has and can do")
+    add("--selftest", action="store_true", help="check the model file and its result")
     add_output_options(parser)
     return parser.parse_args()
 
@@ -198,6 +200,9 @@ def find(args, scratch):
 
 def main():
     args = options()
+    if args.doctor or args.selftest:
+        from extras.doctor import examine
+        return examine(args)
     scratch = tempfile.TemporaryDirectory()
     if to_stdout := args.out == STDOUT:
         args.out, args.save = Path(scratch.name) / "out", ["png16"]

@@ -2,7 +2,8 @@
 
 import importlib
 
-LIBRARIES = {"EXR": "OpenEXR", "PLY": "plyfile", "GLB": "trimesh", "video": "av"}
+LIBRARIES = {"EXR": "OpenEXR", "PLY": "plyfile", "GLB": "trimesh", "video": "av", "ONNX": "onnx",
+             "ONNX Script": "onnxscript", "ONNX Runtime": "onnxruntime"}
 
 
 def need(kind):

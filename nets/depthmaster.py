@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nets import model_file
+from nets import model_file, selftest
 from nets.fourier import FourierEnhancement
 from nets.inference import strips
 from nets.inference.folds import fold
@@ -70,7 +70,7 @@ class DepthMaster(nn.Module):
                              "that it was made from.")
         tensors = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
         header = dict(kind=self.kind, config=self.config, sources=self.sources,
-                      licence=self.licence)
+                      licence=self.licence, selftest=selftest.describe(self, tensors))
         model_file.save(path, tensors, header)
 
     def is_saved(self, path):
