@@ -16,8 +16,10 @@ log = logging.getLogger(__name__)
 
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,gif"  # not those that are lists
 TICKS = 60_000  # a second, in clips that are written; MPEG-4 allows at most 65535
-CODECS = {"libx264": {"crf": "18"},  # the first that FFmpeg has, with options for good quality
-          "mpeg4": {"flags": "+qscale", "global_quality": "354"}}
+CODECS = {  # the first that FFmpeg has, with options for good quality and little memory
+    "libx264": {"crf": "18", "preset": "veryfast", "rc-lookahead": "5"},
+    "mpeg4": {"flags": "+qscale", "global_quality": "354"},
+}
 BT601 = 6  # FFmpeg's number of the colour matrix that `reformat` uses; players ask for it
 
 CELL, CELLS = 3, 20_000  # pixels: least side of a cell. A map is fitted on so many cells at most.

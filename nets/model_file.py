@@ -2,8 +2,8 @@
 
 The header (JSON, under one key of the file's metadata) holds: format (version), kind (`sd2`,
 `stage1`, `stage2` or `dinov2`), config (the constructor's arguments), sources (names and sha256 of
-the files it was made from), licence and, but for DINOv2, selftest (nets/selftest.py). Nothing in a file depends on time, path or host, so equal
-runs write equal bytes.
+the files it was made from), licence and, but for DINOv2, selftest (nets/selftest.py). Nothing in a
+file depends on time, path or host, so equal runs write equal bytes.
 """
 
 import json
