@@ -159,7 +159,7 @@ def state_of_predictions(folder, keys, metric):
         images = [image for which, image in keys if which == name]
         forms, states[name] = predictions.state(
             locate(name, folder, len(names) == 1), images, metric)
-        if forms.keys() - {"NAME"}:
+        if metric or forms.keys() - {"NAME"}:
             counts = ", ".join(f"{count} {form}" for form, count in forms.items())
             say(f"{name}: of {len(images)} predictions are there under the names: {counts}.")
     return states

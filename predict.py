@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from data.images import allow_pixels, read_rgb
+from data.pairs import above_0
 from engine import job, terminal
 from engine.terminal import say
 from extras.clip import predict_clip
@@ -44,7 +45,6 @@ from nets.inference import memory
 from nets.inference.precision import choose
 
 THREADS = terminal.readers()  # that decode pictures and write results
-STDOUT = Path("-")
 
 
 def options():
@@ -54,8 +54,7 @@ def options():
     add("inputs", nargs="*", metavar="INPUT",
         help="pictures, clips, folders, globs, @LIST or - (scenes of the embedded miniature)")
     add("--frames", type=Path, metavar="FOLDER", help="a folder whose pictures are a clip's frames")
-    add("--fps", type=terminal.positive, default=25, help="frames a second of --frames "
-        "(%(default)s)")
+    add("--fps", type=above_0, default=25, help="frames a second of --frames (%(default)s)")
     add("--temporal", action="store_true", help="one scale over all frames of a clip")
     add("--ckpt", type=Path, help="model (.safetensors; the embedded miniature)")
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
@@ -131,11 +130,11 @@ def predict(model, images, processing_res):
     return model.predict_batch(stacked, processing_res).cpu().numpy()
 
 
-def predict_all(pool, model, outputs, args, items, entries, bar, adjust=None):
+def predict_all(pool, model, outputs, args, items, bar, adjust=None):
     """Predicts (name, path, image) items and writes the results; returns the paths that failed.
 
-    Threads write the last few results in the background. entries: {name: what is recorded}, filled.
-    adjust(map, image), for clips: called on each map of square-root disparity, in order.
+    Threads write the last few results in the background. adjust(map, image), for clips: called on
+    each map of square-root disparity, in order; its result is written.
     """
     failed, writing = [], deque()
     for group in batches(items, args.batch):
@@ -155,20 +154,20 @@ def predict_all(pool, model, outputs, args, items, entries, bar, adjust=None):
             if adjust:
                 near = to_sqrt_disparity(values, target, args.far_to_near)
                 values, target = adjust(near, image), "sqrt_disparity"
-            task = pool.submit(outputs.write, name, path, image, values, target)
-            writing.append((name, path, seconds, task))
+            result = name, path, image, values, target, seconds
+            writing.append((path, pool.submit(outputs.write, *result)))
         while len(writing) > args.batch + THREADS:
-            failed += written(*writing.popleft(), entries)
+            failed += unwritten(*writing.popleft())
         bar.update(len(group))
-    for task in writing:
-        failed += written(*task, entries)
+    for path, task in writing:
+        failed += unwritten(path, task)
     return failed
 
 
-def written(name, path, seconds, task, entries):
+def unwritten(path, task):
     """Waits for a writing task: [], or [path] and a message if a result is not possible."""
     try:
-        entries[name] = task.result() | {"seconds": seconds}
+        task.result()
     except ValueError as error:
         say(f"left out: {error}")
         return [path]
@@ -193,8 +192,9 @@ def find(args, scratch):
     pictures = {name: path for name, path in found.items() if name not in clips}
     if args.frames:
         if not args.frames.is_dir():
-            raise FileNotFoundError(f"--frames {args.frames} is not there: give a folder.")
-        clips[args.frames.resolve().name] = args.frames
+            raise FileNotFoundError(f"--frames {args.frames} is no folder of frames: give one.")
+        if clips.setdefault(name := args.frames.resolve().name, args.frames) != args.frames:
+            raise ValueError(f"{clips[name]} and {args.frames} would both be written as {name}.")
     return pictures, clips
 
 
@@ -204,7 +204,9 @@ def main():
         from extras.doctor import examine
         return examine(args)
     scratch = tempfile.TemporaryDirectory()
-    if to_stdout := args.out == STDOUT:
+    if to_stdout := args.out == Path("-"):
+        if args.metric or args.save not in (None, ["png16"]):
+            raise ValueError("--out - writes a 16-bit PNG: leave out --save and --metric.")
         args.out, args.save = Path(scratch.name) / "out", ["png16"]
     terminal.check_folder(args.out, "--out")
     outputs, of_clips = Outputs(args), Outputs(args, clip=True)
@@ -215,44 +217,45 @@ def main():
         raise ValueError("--out - writes the depth of one picture: give one INPUT.")
     outputs.check(pictures, clips)
     with ThreadPoolExecutor(THREADS) as pool:
-        about = pool.submit(describe_run, args)
+        run = pool.submit(describe_run, args)
         if args.skip_existing:
-            pictures, clips = left_to_do(outputs, pictures, clips, about.result())
+            pictures, clips = left_to_do(outputs, of_clips, pictures, clips, run.result())
         device = job.start(args.device).device
         memory.keep_freed_memory(args.processing_res)
         model = open_model(args, device)
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         args.batch = args.batch or (8 if model.device.type == "cuda" else 1)
-        existed, entries = outputs.existing(pictures), {}
+        existed, done_clips = outputs.existing(pictures), {}
         try:
+            items = decoded(pool, pictures, args.batch + THREADS)
             with tqdm(total=len(pictures), unit="picture", dynamic_ncols=True,
                       disable=not pictures) as bar:
-                items = decoded(pool, pictures, args.batch + THREADS)
-                failed = predict_all(pool, model, outputs, args, items, entries, bar)
+                failed = predict_all(pool, model, outputs, args, items, bar)
             for name, path in clips.items():
+                work = partial(predict_all, pool, model, of_clips, args)
                 try:
-                    entries[name] = predict_clip(
-                        name, path, of_clips, partial(predict_all, pool, model, of_clips, args),
-                        about.result())
+                    done_clips[name] = predict_clip(name, path, of_clips, work, run.result())
                 except ValueError as error:
                     say(f"left out: {error}")
                     failed.append(path)
         finally:
-            if entries:
-                write_record(args.out, about.result(), entries)
+            pool.shutdown()  # after that, all that could be written is
+            precision = str(model.dtype).removeprefix("torch.")
+            write_record(args.out, run.result() | {"precision": precision},
+                         outputs.entries | done_clips)
     if to_stdout and not failed:
-        [path] = args.out.glob("*.png")
-        sys.stdout.buffer.write(path.read_bytes())
-    count = len(pictures) + len(clips)
+        sys.stdout.buffer.write(outputs.files(*pictures)["png16"].read_bytes())
+    count, what = len(pictures) + len(clips), "inputs" if clips else "pictures"
     stale = sum(existed.pop(path, 0) for path in failed)
     replaced = sum(existed.values())
-    say(f"{count - len(failed)} {'inputs' if clips else 'pictures'} predicted into {args.out}: "
-        f"{outputs.meaning()}."
+    say(f"{count - len(failed)} {what} predicted into {args.out}: {outputs.meaning()}."
+        + (" Metres are in NAME_metres.npy." if args.metric else "")
         + (f" {replaced} files of an earlier run were replaced." if replaced else "")
-        + (f" {stale} of pictures that could not be predicted are still there." if stale else ""))
+        + (f" {stale} files of {what} that could not be predicted are still there." if stale else
+           ""))
     if failed:
-        raise ValueError(f"{len(failed)} of {count} pictures could not be predicted, "
-                         f"{failed[0]} first.")
+        raise ValueError(f"{len(failed)} of {count} {what} could not be predicted, {failed[0]} "
+                         "first.")
 
 
 if __name__ == "__main__":

@@ -64,15 +64,21 @@ def read_prediction(folder, name, size, uncropped=None, metric=False):
     """
     path, _ = find_prediction(folder, name, metric)
     if path is None:
+        forms = METRIC_FORMS if metric else FORMS
         raise BadSample(f"{Path(folder) / name}.npy is missing, and so are the names that other "
-                        f"systems give it ({', '.join(FORMS)}).")
+                        f"systems give it ({', '.join(forms)}).")
     pred = READERS[path.suffix](path).squeeze()
     if uncropped and pred.shape == tuple(uncropped):
         pred = pred[kitti_crop(pred.shape, size, path)]
     if pred.shape != tuple(size) or pred.dtype.kind not in "fiu":
         raise BadSample(f"{path} holds {pred.dtype} of shape {pred.shape}, but the truth has "
                         f"shape {tuple(size)}: save predictions at that size.")
-    pred = pred.astype(np.float64) / (MILLIMETRES if metric and pred.dtype.kind != "f" else 1)
+    if metric and pred.dtype.kind != "f":
+        if not pred.all():
+            raise BadSample(f"{path} has {np.count_nonzero(pred == 0)} pixels without depth (0): "
+                            "give the map as .npy, with a depth everywhere.")
+        pred = pred / MILLIMETRES
+    pred = pred.astype(np.float64)
     bad = np.count_nonzero(~np.isfinite(pred))
     if bad:
         raise BadSample(f"{path} has {bad} values that are NaN or infinite: write finite numbers.")

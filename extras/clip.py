@@ -1,7 +1,7 @@
 """A clip through predict.py: a folder of depth maps, and an mp4 of frames and maps side by side.
 
 It goes on where it was interrupted: every SEGMENT frames the file UNFINISHED in the folder notes
-how many are done.
+how many are done, and of what.
 """
 
 import json
@@ -20,6 +20,7 @@ from evaluation.pictures import colourise
 from extras.inputs import pictures_in
 from extras.pictures import MEANING
 from extras.video import Steady, about, read_frames, write_clip
+from nets.inference import memory
 from storage import whole
 
 SEGMENT = 64  # frames
@@ -47,7 +48,12 @@ class Folder:
     def __init__(self, path, rate, out):
         self.path, self.rate = path, Fraction(rate).limit_denominator(1001)
         self.pictures = sorted(pictures_in(path, out), key=lambda file: [
-            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))])
+            int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(file))])
+        stems = {}
+        for file in self.pictures:
+            if (other := stems.setdefault(file.with_suffix(""), file)) != file:
+                raise ValueError(f"{other} and {file} would both be written as {file.stem}: rename "
+                                 "one.")
         self.count = len(self.pictures)
         self.size = read_rgb(self.pictures[0]).shape[:2]
 
@@ -65,13 +71,13 @@ class Folder:
 class Progress:
     """How many frames of a clip are done, and what the next one needs to know of them."""
 
-    def __init__(self, path, about_run):
-        """path: where it is kept; it counts only if it was kept with the same text about_run."""
-        self.path, self.about_run, state = path, about_run, {}
+    def __init__(self, path, identity):
+        """path: where it is kept; it counts only if it was kept with the same text identity."""
+        self.path, self.identity, state = path, identity, {}
         if path.exists():
             try:
                 with np.load(path, allow_pickle=False) as arrays:
-                    state = dict(arrays) if str(arrays["about_run"]) == about_run else {}
+                    state = dict(arrays) if str(arrays["identity"]) == identity else {}
             except (OSError, ValueError, KeyError, BadZipFile):
                 say(f"{path} is damaged: starting the clip again.")
         self.done = int(state.get("done", 0))
@@ -85,53 +91,63 @@ class Progress:
 
     def save(self):
         with whole(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, done=self.done, about_run=self.about_run, histogram=self.histogram,
+            np.savez(file, done=self.done, identity=self.identity, histogram=self.histogram,
                      **self.steady.state())
 
     def range(self):
         """The quantiles DARKEST and BRIGHTEST of all aligned maps."""
         share = self.histogram.cumsum() / self.histogram.sum()
-        return [EDGES[np.searchsorted(share, part)] for part in (DARKEST, BRIGHTEST)]
+        return [float(EDGES[np.searchsorted(share, part)]) for part in (DARKEST, BRIGHTEST)]
 
 
-def predict_clip(name, path, outputs, predict_all, about):
+def predict_clip(name, path, outputs, predict_all, run):
     """Writes a clip's maps into OUT/NAME and OUT/NAME_color.mp4 -> the clip's entry in the record.
 
-    predict_all(items, entries, bar, adjust): predicts and writes (name, file, image) items, with
-    adjust(map, image) in place of each map, in order; fills entries; returns the files that failed.
-    path: of the video file, or of the folder of frames. about: what is the same for the run; an
-    unfinished clip goes on if it was the same. Raises ValueError.
+    predict_all(items, bar, adjust): predicts and writes (name, file, image) items, with
+    adjust(map, image) in place of each map, in order; returns the files that failed.
+    path: of the video file, or of the folder of frames. run: what is the same for the run; an
+    unfinished clip goes on if this, the clip and the kinds of file are the same. Raises ValueError.
     """
-    folder, started, temporal = outputs.out / name, time.perf_counter(), outputs.args.temporal
+    folder, started = outputs.out / name, time.perf_counter()
     clip = Folder(path, outputs.args.fps, outputs.out) if path.is_dir() else File(path)
-    progress = Progress(folder / UNFINISHED, json.dumps(about))
+    state = path.stat()
+    identity = [run, outputs.kinds, str(path.resolve()), state.st_size, state.st_mtime_ns]
+    progress = Progress(folder / UNFINISHED, json.dumps(identity))
     if progress.done:
         say(f"{clip.path}: going on after {progress.done} frames.")
     items = ((f"{name}/{frame}", file, image)
              for _, frame, file, image in clip.frames(progress.done))
     with tqdm(total=clip.count, initial=progress.done, unit="frame", dynamic_ncols=True) as bar:
         while True:
-            entries = {}
-            if predict_all(islice(items, SEGMENT), entries, bar,
-                           progress.align if temporal else None):
-                raise ValueError(f"{clip.path} stops here: the same command goes on from frame "
-                                 f"{progress.done + 1}.")
-            if not entries:
+            outputs.entries.clear()
+            try:
+                failed = predict_all(islice(items, SEGMENT), bar,
+                                     progress.align if outputs.args.temporal else None)
+            except ValueError as error:
+                say(f"left out: {error}")
+                failed = True
+            if failed:
+                raise ValueError(f"{path} is left out from frame {progress.done + 1} on: when that "
+                                 "is mended, the same command goes on there.")
+            if not outputs.entries:
                 break
-            progress.done += len(entries)
+            progress.done += len(outputs.entries)
             progress.save()
+    memory.give_back()  # the encoder takes some 300 MB at 1920 x 1080
     video = outputs.video(name)
-    write_clip(video, clip.rate, beside(clip, folder, outputs, progress), MEANING)
+    colours = progress.range() if outputs.wide else (0, 1)  # the values at their ends
+    meaning = f"{MEANING}; colours from {colours[0]:.3f} to {colours[1]:.3f}"
+    write_clip(video, clip.rate, beside(clip, folder, outputs, progress.done, *colours), meaning)
     progress.path.unlink()
-    return {"input": str(clip.path), "size": list(clip.size), "frames": progress.done,
-            "frames_per_second": float(clip.rate), "seconds": time.perf_counter() - started,
+    return {"input": str(path), "size": list(clip.size), "frames": progress.done,
+            "frames_per_second": float(clip.rate), "colours": colours, "save": outputs.kinds,
+            "seconds": round(time.perf_counter() - started, 3),
             "files": [video.relative_to(outputs.out).as_posix(), f"{name}/"]}
 
 
-def beside(clip, folder, outputs, progress):
-    """Yields (seconds, frame and coloured map side by side); one colour range for the clip."""
-    low, high = progress.range() if outputs.wide else (0, 1)
-    for seconds, name, _, image in tqdm(clip.frames(), total=progress.done, unit="frame",
-                                        desc="mp4", dynamic_ncols=True):
+def beside(clip, folder, outputs, count, low, high):
+    """Yields (seconds, frame and map side by side); the colours run from low to high."""
+    for seconds, name, _, image in tqdm(clip.frames(), total=count, unit="frame", desc="mp4",
+                                        dynamic_ncols=True):
         near = (outputs.read_png16(folder / f"{name}.png") - low) / max(high - low, 1e-6)
         yield seconds, np.concatenate([image, colourise(near, outputs.colours)], axis=1)

@@ -29,6 +29,8 @@ def find_inputs(given, out, temporary):
     """
     found = {}
     for text in given:
+        if not text:
+            raise FileNotFoundError("an INPUT is empty: give a picture, a clip or a folder.")
         if text == STDIN:
             files = [(receive(temporary), temporary)]
         elif text.startswith("@") and not Path(text).exists():
@@ -36,7 +38,9 @@ def find_inputs(given, out, temporary):
         else:
             files = expand(text, out)
         for path, base in files:
-            name = str(path.absolute().relative_to(base.absolute()).with_suffix(""))
+            name = str(Path(os.path.relpath(path, base)).with_suffix(""))
+            if name.startswith(os.pardir):  # a glob may lead out of its fixed part
+                name = path.stem
             if not path.samefile(found.setdefault(name, path)):
                 raise ValueError(f"{found[name]} and {path} would both be written as {name}: "
                                  "rename one, or predict them into different folders (--out).")
@@ -54,12 +58,12 @@ def listed(path, out):
     """The files that a list names, one per line -> (file, folder they all are in)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give @ and a file with one path per line.")
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").splitlines()]
     files = [file for line in lines if line and not line.startswith("#")
              for file, _ in expand(line, out)]
     if not files:
         raise FileNotFoundError(f"{path} names no picture: write one path per line.")
-    common = os.path.commonpath([file.absolute().parent for file in files])
+    common = os.path.commonpath([os.path.abspath(file.parent) for file in files])
     return [(file, Path(common)) for file in files]
 
 
@@ -87,7 +91,8 @@ def pictures_in(folder, out):
              if not (inside and path.resolve().is_relative_to(inside))]
     paths = [path for path in files if path.suffix.lower() in PICTURES]
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no picture ({' '.join(PICTURES)}).")
+        clips = "; give clips by their names" if any(map(is_clip, files)) else ""
+        raise FileNotFoundError(f"{folder} holds no picture ({' '.join(PICTURES)}){clips}.")
     if len(paths) < len(files):
         others = [str(path) for path in files if path.suffix.lower() not in PICTURES]
         say(describe_passed_over(others) + ".")

@@ -28,7 +28,7 @@ PICKS = 2000  # random pairs of points that are tried, and points on which they 
 GROSS = 0.3  # relative error above which an error is as bad as any larger one
 MOST_POINTS = 20_000  # of a depth map; drawn at random from more
 SOURCES = (".csv", *DEPTH_SUFFIXES)
-COLUMNS = {"x": ("x",), "y": ("y",), "metres": ("metres", "meters")}
+COLUMNS = {"x": ("x",), "y": ("y",), "metres": ("metres", "meters", "depth")}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Fit:
     shift: float
     inliers: np.ndarray    # bool N: points that the fit rests on
     residuals: np.ndarray  # float N: (the fit's metres - the point's metres) / the point's metres
-    held: bool             # the shift is an assumption: the points could not tell it
+    shift_assumed: bool    # the points could not tell it
     target: str = "sqrt_disparity"
 
     def metres(self, prediction):
@@ -53,13 +53,12 @@ class Fit:
 
     def __str__(self):
         median, most = self.quality()
-        poor = most > 0.1 or self.inliers.mean() < 0.5
+        poor = bool(most > 0.1 or self.inliers.mean() < 0.5)
         return (f"{self.inliers.sum()} of {self.inliers.size} points fit, half of them within "
                 f"{100 * median:.1f} %, 90 % within {100 * most:.1f} %; scale {self.scale:.4f}, "
                 f"shift {self.shift:.4f}"
-                + ("; they do not tell the shift, which follows from --far-to-near" if self.held
-                   else "")
-                + ("; warning: this is a poor fit, check the points" if poor else ""))
+                + "; they do not tell the shift, which follows from --far-to-near"
+                * self.shift_assumed + "; warning: this is a poor fit, check the points" * poor)
 
 
 def to_metres(values, target):
@@ -89,19 +88,19 @@ def fit(prediction, points, target="sqrt_disparity", far_to_near=FAR_TO_NEAR):
     (scale, shift), inliers, sigma = consensus(both, known, power)
     different(metres[inliers])
     if np.ptp(value[inliers]) < 1e-6:
-        raise ValueError("the prediction has the same value at all points: give points at nearer "
-                         "and farther places.")
+        raise ValueError("the prediction has the same value at all points: give points at places "
+                         "that are nearer and farther away.")
     certain = CERTAIN * scale_error(both[inliers], known[inliers], power, sigma)
     if scale < -certain:
         raise ValueError("the points are nearer where the prediction is farther: check the order "
                          "of x and y, and that they belong to this picture.")
-    held = scale < certain
-    if held:
+    assumed = scale < certain
+    if assumed:
         ratio = 1 / (far_to_near ** (1 / abs(power)) - 1)  # of shift to scale
         (scale,), inliers, _ = consensus(value[:, None] + ratio, known, power)
         shift = scale * ratio
     residuals = to_metres(scale * value + shift, target) / metres - 1
-    return Fit(float(scale), float(shift), inliers, residuals, bool(held), target)
+    return Fit(float(scale), float(shift), inliers, residuals, bool(assumed), target)
 
 
 def check_points(points, size):
@@ -110,9 +109,10 @@ def check_points(points, size):
         raise ValueError(f"points must be N rows of x, y, metres, not of shape {points.shape}.")
     if not len(points):
         raise ValueError("there are no points.")
-    bad = ~np.isfinite(points).all(axis=1) | (points[:, 2] <= 0)
+    bad = ~np.isfinite(points).all(axis=1) | (points[:, 2] <= 0) | (points[:, 2] > FARTHEST_M)
     if bad.any():
-        raise ValueError(f"point {first(bad)} has no number, or a distance that is not above 0.")
+        raise ValueError(f"point {first(bad)} has no number, or a distance that is not between 0 "
+                         f"and {FARTHEST_M:g} m.")
     outside = ((points[:, :2] < 0) | (points[:, :2] > size[::-1])).any(axis=1)
     if outside.any():
         x, y = points[outside][0, :2]
@@ -191,7 +191,7 @@ def source_for(source, name):
     """The file of known distances for the picture `name`: SOURCE, or NAME with a suffix in it."""
     if not source.is_dir():
         return source
-    for suffix in SOURCES:
+    for suffix in (*SOURCES, *map(str.upper, SOURCES)):
         if (path := source / f"{name}{suffix}").exists():
             return path
     raise BadSample(f"--metric {source} holds no {name} ({' '.join(SOURCES)}).")
@@ -209,11 +209,16 @@ def read_points(path, size, depth_scale=1000.0):
     depth_m = read_depth(path, depth_scale)
     height, width = depth_m.shape
     if abs(width / height / (size[1] / size[0]) - 1) > SAME_SHAPE:
-        raise BadSample(f"{path} has {width} x {height} pixels and the picture {size[1]} x "
-                        f"{size[0]}, which is another shape.")
-    rows, columns = np.nonzero(np.isfinite(depth_m) & (depth_m > 0))
-    if not len(rows):
+        raise BadSample(f"{path} has {width} x {height} pixels and the picture, turned upright as "
+                        f"its EXIF says, {size[1]} x {size[0]}, which is another shape: turn or "
+                        "cut the map.")
+    there = np.isfinite(depth_m) & (depth_m > 0)
+    if not there.any():
         raise BadSample(f"{path} holds no depth.")
+    if np.median(depth_m[there]) > FARTHEST_M:
+        raise BadSample(f"{path} holds depths of {np.median(depth_m[there]):.3g} m: give "
+                        "--depth-scale, its units per metre.")
+    rows, columns = np.nonzero(there & (depth_m <= FARTHEST_M))
     if len(rows) > MOST_POINTS:
         drawn = np.random.default_rng(0).choice(len(rows), MOST_POINTS, replace=False)
         rows, columns = rows[drawn], columns[drawn]
@@ -222,19 +227,20 @@ def read_points(path, size, depth_scale=1000.0):
 
 
 def read_csv(path):
-    """A table with the columns x, y, metres -> float N,3. Raises BadSample; names the line."""
-    rows = read_table(path)
+    """A table with the columns x, y, metres -> float N,3. Decimal commas are read, too."""
+    rows = [row for row in read_table(path) if any(row.values())]
     if not rows:
         raise BadSample(f"{path} holds no points: the first line must be x,y,metres, and each "
                         "further line one point.")
     found = {column: next((name for name in rows[0] if name and name.lower() in names), None)
              for column, names in COLUMNS.items()}
     if None in found.values():
-        raise BadSample(f"{path} must have the columns x, y, metres (first line).")
+        raise BadSample(f"{path} has the columns {', '.join(filter(None, rows[0]))}: its first "
+                        "line must be x,y,metres.")
     points = []
     for number, row in enumerate(rows, start=1):
         try:
-            points.append([float(row[name]) for name in found.values()])
-        except (TypeError, ValueError):
+            points.append([float(row[name].replace(",", ".")) for name in found.values()])
+        except (AttributeError, ValueError):
             raise BadSample(f"{path}: point {number} is not three numbers.") from None
     return np.array(points)

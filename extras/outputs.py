@@ -4,20 +4,24 @@ Every file says in its metadata what it holds, if its kind has any.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 
 from data.files import write_npy
 from data.images import read_png16
-from engine.terminal import not_negative, positive, say
+from data.pairs import above_0
+from engine.terminal import not_negative, say
 from extras import libraries
 from extras.metric import FAR_TO_NEAR, fit, read_points, source_for
 from extras.pictures import MEANING, side_by_side, with_legend, write_described_png
+from storage import cant_write
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png", "side": "_side.png",
            "exr": ".exr", "ply": ".ply", "glb": ".glb"}
 METRES = {"metres": "_metres.npy", "metres_png": "_metres.png"}
+SPACE = {"ply", "glb"}  # kinds that need a focal length
 MILLIMETRES = 65535  # the largest number of a 16-bit PNG
 SPACES = {
     "sqrt_disparity": MEANING,
@@ -33,23 +37,23 @@ def add_output_options(parser):
     add("--save", nargs="+", choices=ENDINGS, help="kinds of file (npy png16 color)")
     add("--output", choices=SPACES, default="sqrt_disparity", help="what .npy and .exr hold, if "
         "not metres (%(default)s)")
-    add("--far-to-near", type=ratio, default=FAR_TO_NEAR, metavar="RATIO", help="assumed ratio of "
-        "the farthest to the nearest depth, for what needs one (%(default)s)")
-    add("--half", action="store_true", help="16-bit floats in .exr (32-bit)")
+    add("--far-to-near", type=between(1, math.inf), default=FAR_TO_NEAR, metavar="RATIO",
+        help="assumed ratio of the farthest to the nearest depth, if one is needed (%(default)s)")
+    add("--half", action="store_true", help="16-bit floats in .exr, not 32-bit")
     add("--colormap", type=colour_map, default="Spectral", metavar="NAME",
         help="of matplotlib, near at its start (%(default)s)")
     add("--near-white", action="store_true", help="color in grey, near is white, without legend")
     add = parser.add_argument_group("metres").add_argument
     add("--metric", type=Path, metavar="SOURCE", help="known distances: a .csv with the columns "
-        "x,y,metres (pixels; the upper left pixel's centre at 0.5,0.5), a depth map of any size, "
-        "or a folder of these under the pictures' names")
-    add("--depth-scale", type=positive, default=1000, metavar="N",
+        "x,y,metres (pixels of the upright picture; the upper left one's centre at 0.5,0.5), a "
+        "depth map of any size, or a folder of these under the pictures' names")
+    add("--depth-scale", type=above_0, default=1000, metavar="N",
         help="units per metre in SOURCE, if it holds integers (%(default)s)")
     points = parser.add_argument_group("points (ply) and meshes (glb)", "A mesh of 12 megapixels "
                                        "takes 4 GB of memory.")
     view = points.add_mutually_exclusive_group().add_argument
-    view("--fov", type=degrees, metavar="DEGREES", help="the camera's horizontal field of view "
-         "(from EXIF, else 55)")
+    view("--fov", type=between(0, 180), metavar="DEGREES",
+         help="the camera's horizontal field of view (from EXIF, else 55)")
     view("--focal", type=above_0, metavar="PIXELS", help="or its focal length")
     points.add_argument("--edge-filter", type=not_negative, default=0.04, metavar="STEP",
                         help="leave out pixels at relative steps of depth above this, 0: none "
@@ -71,32 +75,49 @@ class Outputs:
             self.kinds = [*self.kinds, "png16"]  # a clip's video is made of them
         self.wide = clip and args.temporal  # maps have values beyond [0,1]
         self.colours = "gray" if args.near_white else reverse(args.colormap)
+        self.entries = {}  # what was written: {name: entry of the record}
         self.said = set()
         for kind in {"exr", "ply", "glb"}.intersection(self.kinds):
             libraries.need(kind.upper())
         if args.metric and not args.metric.exists():
             raise FileNotFoundError(f"--metric {args.metric} is not there: give a file or a folder "
                                     "with known distances.")
+        for option, given, needed in (("--half", args.half, {"exr"}), ("--fov", args.fov, SPACE),
+                                      ("--focal", args.focal, SPACE)):
+            if given and not needed.intersection(self.kinds):
+                raise ValueError(f"{option} is about {' and '.join(sorted(needed))}: name it in "
+                                 "--save.")
 
     def check(self, pictures, clips):
-        """ValueError if a file for {name: picture} would be written over an input or another file.
+        """ValueError if a file for these would be written over an input or over another result.
 
-        Also if a library for clips is not installed, or one SOURCE of --metric is for several.
+        pictures, clips: {name: path}. Also if a library for clips is not installed, or --metric
+        does not fit.
         """
-        taken = {path.resolve(): f"the input {path}" for path in pictures.values()}
-        for name, picture in pictures.items():
-            for path in self.files(name).values():
-                if path.resolve() in taken:
-                    raise ValueError(f"{path} for {picture} would be written over "
-                                     f"{taken[path.resolve()]}: choose another folder (--out).")
-                taken[path.resolve()] = f"the result for {picture}"
+        frames = [frame for clip in clips.values() for frame in clip.rglob("*")]  # of folders
+        taken = {path.resolve(): f"the input {path}"
+                 for path in (*pictures.values(), *clips.values(), *frames)}
+        planned = [(path, picture) for name, picture in pictures.items()
+                   for path in self.files(name).values()]
+        planned += [(self.video(name), clip) for name, clip in clips.items()]
+        for path, source in planned:
+            if path.resolve() in taken:
+                raise ValueError(f"{path} for {source} would be written over "
+                                 f"{taken[path.resolve()]}: choose another folder (--out).")
+            taken[path.resolve()] = f"the result for {source}"
+        for name, clip in clips.items():
+            maps = (self.out / name).resolve()
+            inside = next((what for path, what in taken.items() if path.parent == maps), None)
+            if inside:
+                raise ValueError(f"the maps of {clip} would be written into {maps}, beside "
+                                 f"{inside}: choose another folder (--out).")
         if clips:
             libraries.need("video")
-        for name, clip in clips.items():
-            if (self.out / name).resolve() == clip.resolve():
-                raise ValueError(f"the maps would be written over the frames in {clip}: choose "
-                                 "another folder (--out).")
-        if self.args.metric and self.args.metric.is_file() and (len(pictures) > 1 or clips):
+        if self.args.temporal and not clips:
+            raise ValueError("--temporal is about clips: give one, or --frames.")
+        if self.args.metric and clips:
+            raise ValueError("--metric is about pictures: give the frames as pictures.")
+        if self.args.metric and self.args.metric.is_file() and len(pictures) > 1:
             raise ValueError(f"--metric {self.args.metric} is for one picture: give a folder with "
                              "a file of known distances for each picture, under its name.")
 
@@ -118,34 +139,40 @@ class Outputs:
         return {kind: self.out / f"{name}{ending}" for kind, ending in endings.items()}
 
     def meaning(self):
-        """One phrase that says what .npy holds (and .exr, without --metric)."""
+        """One phrase that says what .npy holds, and .exr without --metric."""
         return SPACES[self.args.output].format(far=f"{self.args.far_to_near:g}")
 
-    def write(self, name, source, image, values, target):
-        """Writes all files for a picture -> its entry in the record.
+    def write(self, name, source, image, values, target, seconds):
+        """Writes all files for a picture, or none; then it is in `entries`.
 
         source: the picture's file. image: uint8 H,W,3. values: float32 H,W, the prediction in the
-        space `target`. ValueError, which names the picture, if its known distances don't fit.
+        space `target`, which took some seconds. ValueError, which names the picture, if its known
+        distances don't fit, or a file can't be made of it.
         """
-        entry, files = {"input": str(source), "size": list(image.shape[:2])}, self.files(name)
+        entry = {"input": str(source), "size": list(image.shape[:2]), "seconds": seconds}
+        files = self.files(name)
         near = to_sqrt_disparity(values, target, self.args.far_to_near)
-        metres = None
+        metres, done = None, []
         try:
             if self.args.metric:
                 found = self.fit(name, source, image, values, target)
                 metres = found.metres(values)
                 entry["fit"] = {"scale": found.scale, "shift": found.shift, "target": target,
                                 "points": len(found.inliers), "inliers": int(found.inliers.sum()),
-                                "shift_held": found.held,
+                                "shift_assumed": found.shift_assumed,
                                 "median_residual": float(found.quality()[0])}
             for kind, path in files.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 self.write_kind(kind, path, source, image, near, metres)
+                done.append(path)
         except ValueError as error:
+            for path in done:
+                path.unlink(missing_ok=True)
             if str(source) in str(error):
                 raise
             raise ValueError(f"{source}: {error}") from error
-        return entry | {"files": [path.relative_to(self.out).as_posix() for path in files.values()]}
+        entry["files"] = [path.relative_to(self.out).as_posix() for path in files.values()]
+        self.entries[name] = entry
 
     def fit(self, name, source, image, values, target):
         """The fit to a picture's known distances; says how good it is."""
@@ -154,7 +181,8 @@ class Outputs:
             points = read_points(path, image.shape[:2], self.args.depth_scale)
             found = fit(values, points, target, self.args.far_to_near)
         except ValueError as error:
-            raise ValueError(f"--metric {path}: {error}") from error
+            named = "" if str(path) in str(error) else f"{path}: "
+            raise ValueError(f"--metric: {named}{error}") from error
         say(f"{source}: {found}.")
         return found
 
@@ -187,8 +215,8 @@ class Outputs:
                 write_ply(path, *to_points(depth, focal, image, self.args.edge_filter), comments)
             case "glb":
                 from extras.points import write_glb
-                depth, focal, _ = self.geometry(source, near, metres)
-                write_glb(path, depth, focal, image, self.args.edge_filter)
+                depth, focal, comments = self.geometry(source, near, metres)
+                write_glb(path, depth, focal, image, self.args.edge_filter, comments)
 
     def in_space(self, near):
         return from_sqrt_disparity(near, self.args.output, self.args.far_to_near)
@@ -219,6 +247,13 @@ class Outputs:
             self.said.add(what)
             say(f"{source}: {'; '.join(lines)}.")
         return depth, focal, lines
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cant_write(folder, error) from error
 
 
 def write_millimetres(path, metres):
@@ -264,32 +299,24 @@ def from_sqrt_disparity(near, space, far_to_near):
 # ------------------------------------------------------------- types of options
 
 
-def number(text, fits, words):
-    try:
-        if fits(float(text)):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
-
-
-def ratio(text):
-    return number(text, lambda x: 1 < x < float("inf"), "a number above 1")
-
-
-def degrees(text):
-    return number(text, lambda x: 0 < x < 180, "an angle between 0 and 180")
-
-
-def above_0(text):
-    return number(text, lambda x: 0 < x < float("inf"), "a number above 0")
+def between(low, high):
+    """An argparse type: a number between two others."""
+    def kind(text):
+        try:
+            if low < float(text) < high:
+                return float(text)
+        except ValueError:
+            pass
+        words = f"above {low}" if high == math.inf else f"between {low} and {high}"
+        raise argparse.ArgumentTypeError(f"must be a number {words}, not {text}")
+    return kind
 
 
 def colour_map(text):
     from matplotlib import colormaps
     if text not in colormaps:
-        raise argparse.ArgumentTypeError(f"is a colour map of matplotlib, such as Spectral, turbo, "
-                                         f"magma or gray, not {text}")
+        raise argparse.ArgumentTypeError("must be a colour map of matplotlib, such as Spectral, "
+                                         f"turbo, magma or gray, not {text}")
     return text
 
 

@@ -110,7 +110,7 @@ def write_ply(path, xyz, rgb, comments=()):
                     comments=lines).write(file)
 
 
-def write_glb(path, depth_m, focal_px, image=None, edge=0.04):
+def write_glb(path, depth_m, focal_px, image=None, edge=0.04, comments=()):
     """Writes depth H,W as a mesh with the image uint8 H,W,3 as its texture, whole or not at all.
 
     Each kept pixel is a vertex, in the axes of glTF: x right, y up, z backward. Four that form a
@@ -130,7 +130,11 @@ def write_glb(path, depth_m, focal_px, image=None, edge=0.04):
         material = trimesh.visual.material.PBRMaterial(
             baseColorTexture=Image.fromarray(image), metallicFactor=0, doubleSided=True)
         mesh.visual = trimesh.visual.TextureVisuals(uv, material=material)
-    content = mesh.export(file_type="glb", tree_postprocessor=without_lights)
+    def finish(tree):
+        without_lights(tree)
+        tree["asset"]["extras"] = {"comments": [*comments, "in this file: y up, z backward"]}
+
+    content = mesh.export(file_type="glb", tree_postprocessor=finish)
     with whole(path) as temporary:
         temporary.write_bytes(content)
 

@@ -2,13 +2,14 @@
 
 import json
 
+from engine.terminal import say
 from storage import read_text, sha256, write_text
 
 VERSION = "1.0"  # of this project
 RECORD = "predictions.json"
 # Options that change no value, or that each picture's entry tells.
 OTHER = {"inputs", "frames", "ckpt", "out", "save", "skip_existing", "device", "batch",
-         "max_pixels"}
+         "max_pixels", "doctor", "selftest"}
 
 
 def describe_run(args):
@@ -25,8 +26,12 @@ def write_record(folder, about, pictures):
     The entries of an earlier run stay if all that is said about it is the same.
     """
     earlier = read_record(folder)
+    if not pictures:
+        return
     if earlier and {key: earlier.get(key) for key in about} == about:
-        pictures = earlier["pictures"] | pictures
+        for name, entry in earlier["pictures"].items():
+            files = pictures.setdefault(name, entry)["files"]
+            files += [file for file in entry["files"] if file not in files]
     write_text(folder / RECORD, json.dumps(about | {"pictures": pictures}, indent=1) + "\n")
 
 
@@ -39,16 +44,20 @@ def read_record(folder):
         return None
 
 
-def left_to_do(outputs, pictures, clips, about):
+def left_to_do(outputs, of_clips, pictures, clips, about):
     """What --skip-existing leaves of {name: picture} and {name: clip}: what is not there yet.
 
     ValueError if the folder's record tells of another model or of other options.
     """
     earlier = read_record(outputs.out)
+    if not earlier and any(outputs.existing(pictures).values()):
+        say(f"{outputs.out} has no {RECORD}: nothing tells with which options its files were made.")
     if earlier and (differ := [key for key in about if earlier.get(key) != about[key]]):
         raise ValueError(f"{outputs.out} holds results of another model, version or options "
                          f"({RECORD}: {', '.join(differ)}): choose another folder (--out), or "
                          "leave out --skip-existing.")
     return ({name: path for name, path in pictures.items()
              if not all(file.exists() for file in outputs.files(name).values())},
-            {name: path for name, path in clips.items() if not outputs.video(name).exists()})
+            {name: path for name, path in clips.items()
+             if not outputs.video(name).exists() or not earlier
+             or not set(of_clips.kinds) <= set(earlier["pictures"].get(name, {}).get("save", ()))})

@@ -16,8 +16,10 @@ log = logging.getLogger(__name__)
 
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,gif"  # not those that are lists
 TICKS = 60_000  # a second, in clips that are written; MPEG-4 allows at most 65535
-CODECS = {  # the first that FFmpeg has, with options for good quality and little memory
-    "libx264": {"crf": "18", "preset": "veryfast", "rc-lookahead": "5"},
+# The first that FFmpeg has, with options for good quality and little memory. Without frames that are
+# stored out of order (bf 0) the file's duration is right for uneven times, too.
+CODECS = {
+    "libx264": {"crf": "18", "preset": "veryfast", "rc-lookahead": "5", "bf": "0"},
     "mpeg4": {"flags": "+qscale", "global_quality": "354"},
 }
 BT601 = 6  # FFmpeg's number of the colour matrix that `reformat` uses; players ask for it
@@ -48,7 +50,7 @@ def open_clip(path):
         streams = [stream for stream in container.streams.video
                    if not stream.disposition & av.stream.Disposition.attached_pic]
         if not streams:
-            raise BadSample(f"{path} has no video frames, only sound or other data.")
+            raise BadSample(f"{path} has no video frames: it is cut short, or has only sound.")
         streams[0].thread_type = "AUTO"
         yield container, streams[0]
 

@@ -63,6 +63,8 @@ def test_a_clip(temporal, film, call, tmp_path, monkeypatch):
     stored, near = maps(out / "film")[3], np.load(out / "film/frame_000004.npy")
     value = stored / 65535 * 2 - 0.5 if temporal else stored / 65535
     np.testing.assert_allclose(value, near, atol=2e-5)
+    low, high = json.loads((out / "predictions.json").read_text())["pictures"]["film"]["colours"]
+    assert (low, high) == (0, 1) if not temporal else low < high
     text = Image.open(out / "film/frame_000004.png").info["Description"]
     assert ("* 2 - 0.5" in text) == bool(temporal)
     entry = json.loads((out / "predictions.json").read_text())["pictures"]["film"]
@@ -139,11 +141,50 @@ def test_what_was_left_unfinished_with_other_options_starts_again(film, call, tm
     assert "unfinished.npz is damaged: starting the clip again" in capsys.readouterr().err
 
 
-def test_skip_existing_leaves_out_a_finished_clip(film, call, capsys):
+def test_skip_existing_leaves_out_a_finished_clip(film, call, tmp_path, capsys):
     assert call(film) == 0
     capsys.readouterr()
     assert call(film, "--skip-existing") == 0
     assert "0 pictures predicted" in capsys.readouterr().err
+    assert call(film, "--skip-existing", "--save", "npy") == 0
+    assert len(list((tmp_path / "out/film").glob("*.npy"))) == COUNT
+
+
+@pytest.mark.parametrize("change", ["clip", "kinds"])
+def test_another_clip_or_kind_starts_again(change, film, call, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clip, "SEGMENT", 3)
+    with monkeypatch.context() as broken:
+        broken.setattr(clip, "write_clip", full)
+        assert call(film) == 1
+    if change == "clip":
+        write_clip(film, RATE, ((i / RATE, x) for i, x in enumerate(frames()[::-1])))
+    assert call(film, *(["--save", "npy"] if change == "kinds" else [])) == 0
+    assert "going on" not in capsys.readouterr().err
+    assert len(list((tmp_path / "out/film").glob("*.npy"))) == COUNT * (change == "kinds")
+
+
+def test_clips_write_over_nothing(film, call, tmp_path, capsys):
+    other = tmp_path / "film_color.mp4"
+    other.write_bytes(film.read_bytes())
+    assert call(film, other, out=tmp_path) == 1
+    assert "would be written over the input" in capsys.readouterr().err
+    (tmp_path / "film").mkdir()
+    iio.imwrite(tmp_path / "film/frame_000001.png", frames()[0])
+    assert call(film, tmp_path / "film") == 0  # OUT/frame_000001.png is beside OUT/film/
+    assert call(film, "--frames", tmp_path / "film") == 1
+    assert "would both be written as film" in capsys.readouterr().err
+    (tmp_path / "deep/film").mkdir(parents=True)
+    iio.imwrite(tmp_path / "deep/film/a.png", frames()[0])
+    assert call(film, tmp_path / "deep") == 1
+    assert "beside the result for" in capsys.readouterr().err
+    iio.imwrite(tmp_path / "film/frame_000001.jpg", frames()[0])
+    assert call("--frames", tmp_path / "film") == 1
+    assert "would both be written as frame_000001" in capsys.readouterr().err
+
+
+def test_metres_are_for_pictures(film, call, tmp_path, capsys):
+    assert call(film, "--metric", tmp_path) == 1
+    assert "--metric is about pictures" in capsys.readouterr().err
 
 
 def test_no_clip_in_it(film, call, tmp_path, monkeypatch, capsys):
@@ -156,13 +197,13 @@ def test_no_clip_in_it(film, call, tmp_path, monkeypatch, capsys):
     assert call("--frames", tmp_path / "shots") == 1
     assert "shots holds no picture" in capsys.readouterr().err
     assert call("--frames", tmp_path / "none") == 1
-    assert "none is not there" in capsys.readouterr().err
+    assert "none is no folder of frames" in capsys.readouterr().err
     for index, frame in enumerate(frames(3)):
         iio.imwrite(tmp_path / f"shots/{index}.png", frame[: 40 - 8 * (index == 2)])
     assert call("--frames", tmp_path / "shots") == 1
     assert "2.png has 56 x 32 pixels, unlike the first frame's 56 x 40" in capsys.readouterr().err
     assert call("--frames", tmp_path / "shots", out=tmp_path) == 1
-    assert "written over the frames" in capsys.readouterr().err
+    assert "choose another folder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "av", None)
     assert call(film, out=tmp_path / "later") == 1
     assert "error: video needs av: pip install" in capsys.readouterr().err

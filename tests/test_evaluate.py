@@ -253,6 +253,15 @@ def test_predictions_in_metres(space, world, monkeypatch, capsys):
     assert ("times the ratio of the medians" in page) == (space == "scale")
 
 
+def test_a_map_with_holes_is_no_prediction_in_metres(world, monkeypatch, capsys):
+    for name in SIZES:
+        depth_m, _ = truth(world, name)  # 0 where it has holes
+        save(world / "saved/pairs/rgb" / f"{name}_metres.png", np.round(1000 * depth_m))
+    assert call(monkeypatch, "--predictions", world / "saved", "--data", world / "root",
+                "--align", "none", "--out", world / "out") == 1
+    assert "pixels without depth (0)" in capsys.readouterr().err
+
+
 def test_a_model_has_no_metres(ckpt, monkeypatch, capsys):
     assert call(monkeypatch, "--ckpt", ckpt, "--align", "none") == 2
     assert "--align none is for saved predictions" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_exact_points_give_the_exact_map(target):
     assert found.shift == pytest.approx(value.min(), rel=1e-6)
     np.testing.assert_allclose(found.metres(prediction), depth_m, rtol=1e-5)
     assert found.metres(prediction).dtype == np.float32
-    assert found.inliers.all() and not found.held and np.abs(found.residuals).max() < 1e-6
+    assert found.inliers.all() and not found.shift_assumed and np.abs(found.residuals).max() < 1e-6
 
 
 @pytest.mark.parametrize("target", POWER)
@@ -81,7 +81,7 @@ def test_points_at_one_depth_are_refused_and_nearly_one_depth_holds_the_shift():
     points = np.stack([columns + 0.5, rows + 0.5, depth_m[rows, columns]], axis=1)[:40]
     points[:, 2] *= 1 + 0.02 * rng.standard_normal(len(points))
     found = fit(prediction, points)
-    assert found.held and "--far-to-near" in str(found)
+    assert found.shift_assumed and "--far-to-near" in str(found)
     assert found.shift == pytest.approx(found.scale / (10**0.5 - 1))
     there = found.metres(prediction)[rows, columns]
     assert np.median(there / depth_m[rows, columns]) == pytest.approx(1, abs=0.02)
@@ -94,7 +94,7 @@ def test_points_at_one_depth_are_refused_and_nearly_one_depth_holds_the_shift():
     (lambda points: np.where(np.arange(3) == 0, 83.2, points), "point 1 at x 83.2, y .* outside"),
     (lambda points: np.where(np.arange(3) == 1, -1, points), "outside of the picture of 83 x 61"),
     (lambda points: np.r_[points[:2], [[4, 4, np.nan]]], "point 3 has no number"),
-    (lambda points: np.r_[points[:2], [[4, 4, 0]]], "point 3 .* not above 0"),
+    (lambda points: np.r_[points[:2], [[4, 4, 0]]], "point 3 .* not between 0 and 1000 m"),
 ])
 def test_points_that_are_no_points(change, message):
     depth_m, prediction = scene()
@@ -150,11 +150,18 @@ def test_maps_of_another_shape_and_without_depth(tmp_path):
     np.save(tmp_path / "b.npy", np.zeros(SIZE))
     with pytest.raises(ValueError, match="b.npy holds no depth"):
         read_points(tmp_path / "b.npy", SIZE)
+    np.save(tmp_path / "c.npy", np.full(SIZE, 2500, np.uint16))
+    with pytest.raises(ValueError, match="depths of 2.5e.03 m: give --depth-scale"):
+        read_points(tmp_path / "c.npy", SIZE, depth_scale=1)
+    far = np.full(SIZE, 2.5)
+    far[:9] = 65535
+    np.save(tmp_path / "d.npy", far)
+    assert read_points(tmp_path / "d.npy", SIZE)[:, 2].max() == 2.5
 
 
 @pytest.mark.parametrize("text", [
     "x,y,metres\n1.5,2.5,3\n4,5,6.5\n", "\ufeffmetres;X;y\n3;1.5;2.5\n6.5;4;5\n",
-    "id,x,y,meters\na,1.5,2.5,3\n,4,5,6.5\n"])
+    "id,x,y,meters\na,1.5,2.5,3\n,4,5,6.5\n", "X;Y;depth\n1,5;2,5;3\n;;\n4;5;6,5\n"])
 def test_tables_of_points(text, tmp_path):
     (tmp_path / "a.csv").write_text(text)
     np.testing.assert_array_equal(read_points(tmp_path / "a.csv", SIZE),
@@ -164,7 +171,7 @@ def test_tables_of_points(text, tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("", "holds no points: the first line must be x,y,metres"),
     ("x,y,metres\n", "holds no points"),
-    ("x,y\n1,2\n", "must have the columns x, y, metres"),
+    ("x,y,far\n1,2,3\n", "has the columns x, y, far: its first line must be x,y,metres"),
     ("x,y,metres\n1,2,3\n1,2,far\n", "point 2 is not three numbers"),
     ("x,y,metres\n1,2\n", "point 1 is not three numbers"),
 ])
@@ -176,10 +183,11 @@ def test_tables_that_hold_no_points(text, message, tmp_path):
 
 def test_a_folder_of_sources_has_the_pictures_names(tmp_path):
     (tmp_path / "deep").mkdir()
-    for name in ("a.csv", "deep/b.v2.png", "c.exr"):
+    for name in ("a.csv", "deep/b.v2.png", "c.exr", "d.CSV"):
         (tmp_path / name).touch()
     assert source_for(tmp_path, "a") == tmp_path / "a.csv"
     assert source_for(tmp_path, "deep/b.v2") == tmp_path / "deep/b.v2.png"
+    assert source_for(tmp_path, "d") == tmp_path / "d.CSV"
     assert source_for(tmp_path / "c.exr", "any") == tmp_path / "c.exr"
     with pytest.raises(ValueError, match="holds no b"):
         source_for(tmp_path, "b")

@@ -129,6 +129,7 @@ def test_points_and_meshes(call, picture, tmp_path, capsys):
     assert any("up to scale" in line for line in cloud.comments)
     scene = trimesh.load(tmp_path / "out/a.glb")
     assert sum(len(mesh.vertices) for mesh in scene.geometry.values()) == depth.size
+    assert b"the farthest at 10 by assumption" in (tmp_path / "out/a.glb").read_bytes()
 
 
 # ------------------------------------------------------------- metres
@@ -196,6 +197,7 @@ def test_models_of_another_target_are_fitted_in_their_own_space(monkeypatch, pic
     (b"", "holds no points"), (b"x,y,metres\n900,3,2\n3,3,1\n", "outside of the picture"),
     (b"x,y,metres\n3,3,nan\n3,9,2\n", "point 1 has no number"), (None, "is not there"),
     (b"x,y,metres\n3,3,2\n3,9,2\n", "two different depths"), (b"\x89PNG\0", "UTF-8"),
+    (b"x,y,metres\n3,3,2000\n3,9,2\n", "not between 0 and 1000 m"),
 ])
 def test_sources_that_tell_nothing(text, message, call, picture, tmp_path, capsys):
     if text is not None:
@@ -234,9 +236,20 @@ def test_one_source_is_for_one_picture_and_a_folder_for_many(call, tmp_path, cap
     (("--focal", "-3"), "above 0"), (("--fov", "50", "--focal", "500"), "not allowed with"),
     (("--far-to-near", "1"), "above 1"), (("--colormap", "rainbows"), "colour map of matplotlib"),
     (("--edge-filter", "-1"), "0 or above"), (("--output", "metres"), "invalid choice"),
+    (("--far-to-near", "ten"), "above 1"), (("--fps", "0"), "above 0"),
 ])
 def test_wrong_options(options, message, call, picture, capsys):
     assert call(picture, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--half",), "--half is about exr"), (("--fov", 60), "--fov is about glb and ply"),
+    (("--temporal",), "--temporal is about clips"), (("",), "an INPUT is empty"),
+    (("--frames", "a.png"), "a.png is no folder of frames"),
+])
+def test_options_and_inputs_that_would_do_nothing(options, message, call, picture, capsys):
+    assert call(picture, *options) == 1
     assert message in capsys.readouterr().err
 
 
@@ -268,6 +281,23 @@ def test_the_record_says_what_was_done(call, ckpt, picture, tmp_path):
     (tmp_path / "out/predictions.json").write_text("[1")
     assert call(picture, "--save", "npy") == 0
     assert set(record(tmp_path)["pictures"]) == {"a"}
+
+
+def test_files_of_earlier_runs_stay_in_the_record(call, picture, tmp_path, capsys):
+    assert call(picture, "--save", "npy") == 0
+    assert call(picture, "--save", "png16", "--skip-existing") == 0
+    assert record(tmp_path)["pictures"]["a"]["files"] == ["a.png", "a.npy"]
+    (tmp_path / "out/predictions.json").unlink()
+    assert call(picture, "--save", "npy", "--skip-existing", "--output", "depth") == 0
+    assert "nothing tells with which options" in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_leaves_no_file(call, tmp_path, capsys):
+    pytest.importorskip("trimesh")
+    iio.imwrite(tmp_path / "a.png", photo(*SIZE))
+    assert call(tmp_path / "a.png", "--save", "npy", "glb", "--edge-filter", 1e-9) == 1
+    assert "a.png: no " in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_skip_existing_leaves_out_what_is_whole(call, tmp_path, capsys):
@@ -307,8 +337,9 @@ def test_globs_and_lists(call, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(
         f"# some\n{tmp_path}/x/rgb/1.png\n\n  {tmp_path}/y/rgb/1.png\r\n")
     assert names(f"@{tmp_path}/list.txt") == ["x/rgb/1", "y/rgb/1"]
-    (tmp_path / "relative.txt").write_text("y/rgb/1.png\nx\n")
+    (tmp_path / "relative.txt").write_text("\ufeffy/rgb/1.png\nx/../x\n", encoding="utf-8")
     assert names(f"@{tmp_path}/relative.txt") == ["y/rgb/1", "x/rgb/1"]
+    assert names(tmp_path / "x/../x/rgb/*.png") == ["1"]
     (tmp_path / "[1].png").write_bytes((tmp_path / "x/rgb/1.png").read_bytes())
     assert names(tmp_path / "[1].png") == ["[1]"]  # a name, not a pattern
     assert glob.has_magic(str(tmp_path / "[1].png"))
@@ -340,4 +371,7 @@ def test_standard_input_and_output(call, picture, tmp_path, monkeypatch, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "out"]
     monkeypatch.setattr(sys, "stdin", Stream(b"no picture"))
     assert call("-", out="-") == 1
-    assert call(picture, tmp_path, out="-") == 1
+    for wrong in ([picture, tmp_path / "b.png"], [picture, "--save", "npy"],
+                  [picture, "--metric", picture]):
+        iio.imwrite(tmp_path / "b.png", photo(*SIZE))
+        assert call(*wrong, out="-") == 1

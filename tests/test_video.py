@@ -60,6 +60,8 @@ def test_colours_times_and_odd_sizes(tmp_path, monkeypatch, codec):
     seconds = [0, 0.04, 0.08, 0.2, 0.21, 0.5, 0.54]
     write_clip(tmp_path / "a.mp4", Fraction(25), ((s, picture) for s in seconds))
     assert about(tmp_path / "a.mp4")[2] == (38, 68)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.duration / 1e6 == pytest.approx(0.58, abs=2e-3)
     frames = list(read_frames(tmp_path / "a.mp4"))
     assert [s for s, _ in frames] == pytest.approx(seconds, abs=1e-4)
     for _, back in frames:

@@ -19,3 +19,10 @@ def keep_freed_memory(longest_side):
     # Other C libraries have no mallopt; old versions of glibc refuse thresholds above 32 MiB.
     if mallopt and (mallopt(m_mmap_threshold, 1 << 28) or mallopt(m_mmap_threshold, 1 << 25)):
         mallopt(m_trim_threshold, 1 << 29)  # keeps up to 512 MiB free at the heap's end
+
+
+def give_back():
+    """Gives freed memory back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
