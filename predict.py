@@ -63,8 +63,7 @@ def options():
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 where it is faster (GPUs, some CPUs), else float32")
-    add("--batch", type=terminal.positive, help="pictures of one size that are predicted at once "
-        "(8 on CUDA, else 1)")
+    add("--batch", type=terminal.positive, help="pictures predicted at once (8 on CUDA, else 1)")
     add("--max-pixels", type=terminal.positive, metavar="N",
         help="refuse pictures of more (179 million): they take some 30 bytes of memory a pixel")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
@@ -251,8 +250,7 @@ def main():
     say(f"{count - len(failed)} {what} predicted into {args.out}: {outputs.meaning()}."
         + (" Metres are in NAME_metres.npy." if args.metric else "")
         + (f" {replaced} files of an earlier run were replaced." if replaced else "")
-        + (f" {stale} files of {what} that could not be predicted are still there." if stale else
-           ""))
+        + (f" {stale} files of {what} that failed are still there." if stale else ""))
     if failed:
         raise ValueError(f"{len(failed)} of {count} {what} could not be predicted, {failed[0]} "
                          "first.")

@@ -5,7 +5,6 @@ The graph takes `image`, float32 B,3,H,W, RGB from 0 to 255, and gives `depth`, 
 """
 
 import math
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ from engine.terminal import say
 from extras.libraries import need
 from nets.depthmaster import DepthMaster
 from nets.vae import AutoencoderKL
-from storage import cant_write
+from storage import cant_write, whole
 
 OPSET = 18
 LARGE = 1 << 30  # bytes of weights above which ONNX keeps them in a file of their own
@@ -135,7 +134,8 @@ def export_graph(path, kind, size, out, dtype=torch.float32):
                 raise ValueError(f"{out} is not written: its result differs from the model's by "
                                  f"{difference:.2g}.")
             for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
-                os.replace(part, out.with_name(part.name))
+                with whole(out.with_name(part.name)) as temporary:
+                    part.rename(temporary)
     except OSError as error:
         raise cant_write(out, error) from error
     say(f"Its result differs from the model's by {difference:.1g} at most, on [0,1]."

@@ -16,7 +16,7 @@ from engine.terminal import not_negative, say
 from extras import libraries
 from extras.metric import FAR_TO_NEAR, fit, read_points, source_for
 from extras.pictures import MEANING, side_by_side, with_legend, write_described_png
-from storage import cant_write
+from storage import cant_write, walk
 
 ENDINGS = {"npy": ".npy", "png16": ".png", "color": "_color.png", "side": "_side.png",
            "exr": ".exr", "ply": ".ply", "glb": ".glb"}
@@ -94,7 +94,7 @@ class Outputs:
         pictures, clips: {name: path}. Also if a library for clips is not installed, or --metric
         does not fit.
         """
-        frames = [frame for clip in clips.values() for frame in clip.rglob("*")]  # of folders
+        frames = [frame for clip in clips.values() for frame in map(clip.joinpath, walk(clip))]
         taken = {path.resolve(): f"the input {path}"
                  for path in (*pictures.values(), *clips.values(), *frames)}
         planned = [(path, picture) for name, picture in pictures.items()

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,h264,hevc,gif"  # not those that are lists
 TICKS = 60_000  # a second, in clips that are written; MPEG-4 allows at most 65535
-# The first that FFmpeg has, with options for good quality and little memory. Without frames that are
-# stored out of order (bf 0) the file's duration is right for uneven times, too.
+# The first that FFmpeg has, with options for good quality and little memory. Without frames that
+# are stored out of order (bf 0) the file's duration is right for uneven times, too.
 CODECS = {
     "libx264": {"crf": "18", "preset": "veryfast", "rc-lookahead": "5", "bf": "0"},
     "mpeg4": {"flags": "+qscale", "global_quality": "354"},

@@ -30,7 +30,8 @@ def result(model):
 
     Computed in the precision that the model has.
     """
-    depth = model(picture().to(model.device))
+    with torch.compiler.set_stance("force_eager"):
+        depth = model(picture().to(model.device))
     means = torch.nn.functional.adaptive_avg_pool2d(depth.double().cpu(), CELLS).flatten()
     return [round(mean, DIGITS) for mean in means.tolist()] if means.isfinite().all() else None
 
