@@ -43,6 +43,7 @@ from nets.dinov2 import DINOv2
 from nets.inference.precision import choose
 from nets.model_file import LONGEST
 from nets.ops.recompute import activation_bytes
+from evaluation.curves import draw_curves
 from evaluation.loop import check
 
 
@@ -172,7 +173,7 @@ def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, 
 def main():
     parser = options()
     args = parser.parse_args()
-    run_folder.check_system()
+    run_folder.check_system(args.tensorboard)
     terminal.check_folder(args.out, "--out")
     if args.cache:
         terminal.check_folder(args.cache, "--cache")
@@ -224,14 +225,19 @@ def main():
     if args.compile:
         objective.unet.compile(dynamic=False)  # compiled again for each size
 
-    log = run_folder.Log(args.out, first, ranks)
+    log = run_folder.Log(args.out, first, ranks, args.tensorboard)
 
-    def validate(done):
-        if ranks.first and held_out and (done == args.steps or done % args.validate_every == 0):
+    def look(done):
+        """Validates, and draws the curves."""
+        last = done == args.steps
+        if held_out and (last or done % args.validate_every == 0):
             check(model, held_out, args.validate_images, dtype, args.out, done, log)
+        if last or done % args.save_every == 0:
+            draw_curves([args.out], args.out / "curves.png")
 
-    if first and not log.has_validation(first):  # a run was killed after saving, before validating
-        validate(first)
+    # Without this row a run was killed after saving, before validating.
+    if ranks.first and first and not log.has_validation(first):
+        look(first)
     sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            say(f"Replaced a bad sample: {reason}", any_rank=True))
@@ -255,7 +261,8 @@ def main():
             if leave:
                 say(f"Asked to leave: saved after {done} steps; the same command goes on.")
                 break
-            validate(done)
+            if ranks.first:
+                look(done)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from engine.job import agreed
 from engine.terminal import is_first, say
@@ -31,7 +33,7 @@ def decisive(options):
     """Those of a script's options (a dict) that change the result, as plain types."""
     rest = {"out", "cache", "device", "workers", "micro_batch", "compile", "checkpoint_activations",
             "log_every", "save_every", "validate_every", "validate_images", "preflight", "extend",
-            "accept_changes"}
+            "accept_changes", "tensorboard"}
     if not options.get("cache", True):  # without a cache: exact, as in a float32 cache
         options = options | {"cache_precision": "float32"}
     return {name: str(value) if isinstance(value, Path) else value
@@ -51,8 +53,14 @@ def content(files, model, training_set, ranks):
 # ---------------------------------------------------------------------------- opening
 
 
-def check_system():
-    """ValueError on a system that can't keep a run folder; call it before any other work."""
+def check_system(tensorboard=False):
+    """ValueError on a system that can't keep a run folder; call it before any other work.
+
+    tensorboard: whether its events are wanted.
+    """
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs tensorboard: pip install -r "
+                         "extras/requirements.txt")
     if find_spec("fcntl") is None or not hasattr(signal, "SIGUSR1"):
         raise ValueError("training needs Linux or macOS (on Windows: WSL); predict.py, evaluate.py "
                          "and convert_sd2.py run here, too.")
@@ -299,11 +307,13 @@ def size(tensors):
 class Log:
     """log.jsonl: one object per logged step; written by the first rank only.
 
-    When a run resumes at a step, the rows of later steps are dropped.
+    When a run resumes at a step, the rows of later steps are dropped. tensorboard: the numbers and
+    the pictures of validation also become events for TensorBoard, in the same folder.
     """
 
-    def __init__(self, folder, step, ranks):
+    def __init__(self, folder, step, ranks, tensorboard=False):
         self.path = Path(folder) / LOG if ranks.first else None
+        self.events = events(folder, step) if tensorboard and ranks.first else None
         if self.path and self.path.exists():
             lines = self.path.read_text(errors="replace").splitlines()
             write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step),
@@ -315,6 +325,19 @@ class Log:
             return
         check_there(self.path.parent)
         append(self.path, json.dumps(row) + "\n")
+        if self.events:
+            scores = {f"validation/{name}": score
+                      for name, score in row.get("validation", {}).items()}
+            for name, value in (row | scores).items():
+                if isinstance(value, int | float) and name != "step":
+                    self.events.add_scalar(name, value, row["step"])
+            self.events.flush()
+
+    def show(self, step, picture):
+        """Gives TensorBoard a picture file."""
+        if self.events:
+            self.events.add_image("validation", np.asarray(Image.open(picture)), step,
+                                  dataformats="HWC")
 
     def has_validation(self, step):
         """Whether the log has the validation row of a step; a killed run may lack it.
@@ -325,6 +348,12 @@ class Log:
             return not self.path
         rows = self.path.read_text(errors="replace").splitlines()
         return any(step_of(row) == step and '"validation"' in row for row in rows)
+
+
+def events(folder, step):
+    """A writer of TensorBoard's events; what was written for later steps is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def step_of(line):

@@ -110,6 +110,7 @@ def add_training_options(parser, steps, lr):
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--log-every", type=positive, default=10, help="steps (%(default)s)")
     add("--save-every", type=positive, default=500, help="steps (%(default)s)")
+    add("--tensorboard", action="store_true", help="write events for TensorBoard, too")
     add("--validate-every", type=positive, default=1000, help="steps (%(default)s)")
     add("--validate-images", type=positive, default=16, help="images to score (%(default)s)")
 

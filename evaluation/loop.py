@@ -1,5 +1,6 @@
 """Predicts and scores the images of a data set; validation during training is the same loop."""
 
+import shutil
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from data.sources import BENCHMARKS
 from engine.terminal import say
 from evaluation.pictures import comparison
 from metrics import align, fit_scale_shift, mean_scores, score_aligned
+from storage import whole
 
 SHOWN = 4  # images on a picture
 
@@ -103,7 +105,10 @@ def check_prediction(pred, shape, name):
 
 
 def check(model, reader, images, dtype, folder, step, log):
-    """Validates after a step; writes a picture, a row of the log and a line on the terminal."""
+    """Validates after a step; writes a picture, a row of the log and a line on the terminal.
+
+    The picture is kept in pictures/, and the latest one is validation.png, too.
+    """
     picture = folder / "pictures" / f"{step:06d}.png"
     bad = []
     scores = validate(model, reader, images, dtype, picture, bad)
@@ -113,6 +118,9 @@ def check(model, reader, images, dtype, folder, step, log):
     if not scores:
         return
     log.write({"step": step, "validation": scores, "left_out": len(bad)})
+    with whole(folder / "validation.png") as temporary:
+        shutil.copyfile(picture, temporary)
+    log.show(step, picture)
     say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
         f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
         f"see {picture}.")

@@ -9,6 +9,7 @@ import torch
 
 import train_stage1
 import train_stage2
+from engine import run_folder
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.unet import UNet
@@ -96,6 +97,28 @@ def test_a_run_leaves_what_it_promises(stage, tmp_path):
     new = {name for name in after if name not in before}
     assert new == {name for name in after if name.startswith("unet.fourier.")}
     assert len(new) == (16 if stage.name == "stage2" else 0)
+
+
+def test_curves_pictures_and_events(stage, tmp_path, monkeypatch, capsys):
+    """Events of a later step than the one that a run resumes at are hidden."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    stage.train(tmp_path, "--steps", 8, "--save-every", 4, "--validate-every", 4, "--tensorboard")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "validation.png").read_bytes() == (
+        tmp_path / "pictures/000008.png").read_bytes()
+    rows = stage.train(tmp_path, "--steps", 9, "--extend", "--tensorboard", "--validate-every", 4)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == list(range(1, 10))
+    assert [event.value for event in losses] == pytest.approx(
+        [row["loss"] for row in rows if "loss" in row], rel=1e-6)
+    assert [event.step for event in events.Scalars("validation/abs_rel")] == [4, 8, 9]
+    assert [event.step for event in events.Images("validation")][-1] == 9
+    monkeypatch.setattr(run_folder, "find_spec", lambda name: None if name == "tensorboard" else 1)
+    with pytest.raises(ValueError, match="--tensorboard needs tensorboard: pip install"):
+        stage.train(tmp_path / "other", "--tensorboard")
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_loss_falls(stage, tmp_path):
