@@ -7,7 +7,7 @@ TWO_RANKS = OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=40000000
   $(PY) -m torch.distributed.run --standalone --nproc_per_node 2
 DEMO = runs/demo
 
-.PHONY: demo test docs test-units test-runs reference soak miniature
+.PHONY: demo test docs docs-test test-units test-runs reference soak miniature
 
 demo: .venv/ready   ## the main job in small: render, train both stages, evaluate, predict
 	$(PY) evaluate.py --ckpt weights/miniature_sd2.safetensors --datasets miniature --out $(DEMO)/scores_untrained
@@ -33,6 +33,9 @@ test-runs:
 
 docs: .venv/ready   ## draws the pictures of the README
 	$(PY) -m docs.pictures
+
+docs-test: .venv/extras   ## runs every command of docs/*.md in miniature
+	$(PY) -m docs.check
 
 reference: .venv-reference/ready   ## compares the networks with diffusers and transformers
 	.venv-reference/bin/python -m pytest -q tests/reference

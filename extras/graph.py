@@ -4,6 +4,7 @@ The graph takes `image`, float32 B,3,H,W, RGB from 0 to 255, and gives `depth`, 
 [0,1], the model's map. H and W are fixed multiples of 8, B is free. The graph does not resize.
 """
 
+import logging
 import math
 import tempfile
 import warnings
@@ -145,6 +146,7 @@ def export_graph(path, kind, size, out, dtype=torch.float32):
 
 def write_onnx(graph, picture, file, description):
     several = torch.cat([picture, picture])  # a batch of 1 would become a constant
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
         graph, (several,), input_names=["image"], output_names=["depth"], opset_version=OPSET,
         dynamo=True, verbose=False, dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
