@@ -85,7 +85,7 @@ def options():
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="float32",
         help="of the model (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
-    add("--out", type=Path, default=Path("evaluation"), help="folder (%(default)s)")
+    add("--out", type=Path, default=Path("scores"), help="folder (%(default)s)")
     add("--report", action="store_true", help="a page to look at, too: OUT/report.html")
     args = parser.parse_args()
     if args.predictions and args.paradigm != "single":

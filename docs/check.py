@@ -32,8 +32,7 @@ SHORT = ("--steps 2 --batch 2 --micro-batch 1 --workers 0 --warmup 1 --validate-
          "--size 96 128 --device cpu")
 OPTIONS = {"train_stage1.py": SHORT, "train_stage2.py": SHORT,
            "evaluate.py": "--limit 2 --workers 0 --device cpu"}
-INSTEAD = {"--nproc_per_node 8": "--nproc_per_node 2", "--steps 2000": "", "--steps 500": "",
-           "--processing-res 0": "--processing-res 96"}
+INSTEAD = {"--nproc_per_node 8": "--nproc_per_node 2", "--processing-res 0": "--processing-res 96"}
 
 
 def commands(page):
@@ -95,6 +94,7 @@ def prepare(folder):
                     folder / "DepthMaster")
     shutil.copy(ROOT / "weights/miniature_dinov2.safetensors",
                 folder / "weights/dinov2_vitg14.safetensors")
+    shutil.copy(ROOT / "weights/miniature_sd2.safetensors", folder / "weights/sd2.safetensors")
 
 
 def main():

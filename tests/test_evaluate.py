@@ -488,7 +488,7 @@ def test_preflight_names_every_bad_file(world, monkeypatch, capsys):
     assert "3 samples, 2 bad" in printed.out and "a.png has no valid pixel" in printed.out
     assert "b.png can't be read" in printed.out
     assert printed.err.splitlines()[-1].startswith("error: 2 samples can't be used")
-    assert not (world / "evaluation").exists()
+    assert not (world / "scores").exists()
 
 
 def test_a_constant_prediction_is_counted(world, monkeypatch, capsys):
@@ -542,7 +542,7 @@ def test_without_arguments_the_miniature_scores_itself(tmp_path, ckpt, monkeypat
     assert printed.err.startswith("No --ckpt: scoring the embedded miniature model")
     assert "1 of 1" in printed.out and "at 192x256" in printed.out
     assert "(published)" not in printed.out.partition("\n\n")[0]
-    found = results(tmp_path / "evaluation")[0]["miniature"]
+    found = results(tmp_path / "scores")[0]["miniature"]
 
     # The same scenes as a set of Hypersim that somebody brings.
     assert call(monkeypatch, "--ckpt", ckpt, "--data", "scenes", "--out", "again",
