@@ -51,7 +51,7 @@ def open_picture(path, content=None):
         return picture
     except Image.DecompressionBombError:
         raise BadSample(f"{path} can't be read: it has more than {2 * Image.MAX_IMAGE_PIXELS:,} "
-                        "pixels; make it smaller, or give predict.py --max-pixels.") from None
+                        "pixels: make it smaller (predict.py --max-pixels allows more).") from None
     except UnidentifiedImageError:
         head = content[:100] if content is not None else first_bytes(path)
     if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:

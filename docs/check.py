@@ -29,7 +29,7 @@ PAGES = ("quickstart", "own-data", "hypersim", "metres", "formats", "memory", "r
          "reading", "faq", "clusters")
 LIMIT = 300  # seconds that a command may take
 SHORT = ("--steps 2 --batch 2 --micro-batch 1 --workers 0 --warmup 1 --validate-images 2 "
-         "--size 96 128 --device cpu")
+         "--size 96 128 --vkitti-crop 96 336 --device cpu")
 OPTIONS = {"train_stage1.py": SHORT, "train_stage2.py": SHORT,
            "evaluate.py": "--limit 2 --workers 0 --device cpu"}
 INSTEAD = {"--nproc_per_node 8": "--nproc_per_node 2", "--processing-res 0": "--processing-res 96"}

@@ -1,4 +1,4 @@
-"""Runs an exported model with onnxruntime alone: python run_onnx.py depth.onnx photo.jpg depth.png"""
+"""Runs an exported model with onnxruntime alone: run_onnx.py depth.onnx photo.jpg depth.png"""
 
 import sys
 

@@ -318,7 +318,7 @@ def test_the_limit_of_pixels_is_named_and_can_be_lifted(tmp_path, monkeypatch, c
     Image.fromarray(photo(40, 60)).save(tmp_path / "a.png")
     options = [tmp_path / "a.png", "--ckpt", ckpt, "--out", tmp_path / "out", "--save", "npy"]
     assert call(monkeypatch, *options) == 1
-    assert "more than 2,000 pixels; make it smaller, or give predict.py --max-pixels" in (
+    assert "more than 2,000 pixels: make it smaller (predict.py --max-pixels allows more)" in (
         capsys.readouterr().err)
     assert call(monkeypatch, *options, "--max-pixels", 2400) == 0
     assert np.load(tmp_path / "out/a.npy").shape == (40, 60)
