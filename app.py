@@ -23,7 +23,7 @@ from pathlib import Path
 from data.images import allow_pixels
 from engine import job
 from engine.terminal import say
-from extras import page
+from extras import page, visit
 
 PORTS = range(1, 65536)
 WAITING = 40  # actions of all visitors that wait; more are refused
@@ -79,9 +79,9 @@ class Guarded:
     async def __call__(self, scope, receive, send):
         headers = dict(scope.get("headers", ()))
         length = headers.get(b"content-length", b"0")
-        too_long = not length.isdigit() or int(length) > page.MOST_BYTES + (1 << 20)
+        too_long = not length.isdigit() or int(length) > visit.MOST_BYTES + (1 << 20)
         if scope["type"] == "http" and (too_long or b"transfer-encoding" in headers):
-            text = f"A request may have at most {page.MOST_BYTES >> 20} MB.".encode()
+            text = f"A request may have at most {visit.MOST_BYTES >> 20} MB.".encode()
             await send({"type": "http.response.start", "status": 413,
                         "headers": [(b"content-type", b"text/plain")]})
             return await send({"type": "http.response.body", "body": text})
@@ -101,7 +101,7 @@ def launch(gr, desk, host, port):
     blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
         ssr_mode=False, footer_links=[], run_history=False, enable_monitoring=False,
-        max_file_size=page.MOST_BYTES, css=page.CSS,
+        max_file_size=visit.MOST_BYTES, css=page.CSS,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         app_kwargs={"middleware": [(Guarded, (), {})]})
     return blocks
@@ -110,15 +110,15 @@ def launch(gr, desk, host, port):
 def main():
     args = options()
     check_address(args.host, args.port)
-    models = page.find_models(args.ckpt)
-    allow_pixels(page.MOST_PIXELS)
+    models = visit.find_models(args.ckpt)
+    allow_pixels(visit.MOST_PIXELS)
     with tempfile.TemporaryDirectory(prefix="depth_page_", ignore_cleanup_errors=True) as folder:
         gr = import_gradio(folder)
-        desk = page.Desk(Path(folder), models, job.start(args.device).device)
+        desk = visit.Desk(Path(folder), models, job.start(args.device).device)
         name = next(iter(models))
         desk.model(name)
         blocks = launch(gr, desk, args.host, int(args.port))
-        if models[name] == page.MINIATURE:
+        if models[name] == visit.MINIATURE:
             say("No other model in weights/: predicting with the embedded miniature, a toy "
                 "trained on procedural rooms.")
         say(f"Open http://{args.host}:{args.port} in a browser. Ctrl-C ends it.")

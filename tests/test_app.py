@@ -1,4 +1,4 @@
-"""app.py and extras/page.py: without a browser, over HTTP, and once in a browser."""
+"""app.py, extras/visit.py, extras/page.py: without a browser, over HTTP, once in a browser."""
 
 import http.client
 import json
@@ -25,7 +25,7 @@ from PIL import Image
 import app
 import predict
 from data.images import allow_pixels
-from extras import page
+from extras import visit
 from extras.metric import fit
 from tests import worlds
 from tests.worlds import files, photo, save_tiny
@@ -44,7 +44,7 @@ def ckpt(tmp_path_factory):
 @pytest.fixture
 def desk(ckpt, tmp_path):
     (tmp_path / "desk").mkdir()
-    return page.Desk(tmp_path / "desk", {"tiny": ckpt}, torch.device("cpu"))
+    return visit.Desk(tmp_path / "desk", {"tiny": ckpt}, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -62,46 +62,46 @@ def left(desk):
 
 
 def test_metres_from_two_points(desk, upload):
-    picture = page.take(desk, "a", upload, **TAKE)
+    picture = visit.take(desk, "a", upload, **TAKE)
     near = np.tile(np.linspace(0, 1, SIZE[1], dtype=np.float32), (SIZE[0], 1))
     np.save(picture.folder / "values.npy", near)
     metres = (0.6 * near.astype(np.float64) + 0.2) ** -2
-    assert "no metres yet" in page.report(picture)
-    page.look(picture, 10.5, 20.5)
-    page.know(picture, metres[20, 10])
-    assert "give another" in page.report(picture)
-    page.know(picture, metres[20, 10] + 1e-9)  # corrected: it stays one point
+    assert "no metres yet" in visit.report(picture)
+    visit.look(picture, 10.5, 20.5)
+    visit.know(picture, metres[20, 10])
+    assert "give another" in visit.report(picture)
+    visit.know(picture, metres[20, 10] + 1e-9)  # corrected: it stays one point
     assert len(picture.points) == 1
-    page.look(picture, 50.5, 5.5)
-    page.know(picture, metres[5, 50])
-    assert "2 of 2 distances fit" in page.report(picture)
-    page.look(picture, 30.5, 33.5)
-    assert page.report(picture).startswith(f"At x 30.5, y 33.5: {near[33, 30]:.4f}, "
+    visit.look(picture, 50.5, 5.5)
+    visit.know(picture, metres[5, 50])
+    assert "2 of 2 distances fit" in visit.report(picture)
+    visit.look(picture, 30.5, 33.5)
+    assert visit.report(picture).startswith(f"At x 30.5, y 33.5: {near[33, 30]:.4f}, "
                                            f"{metres[33, 30]:.2f} m")
     np.testing.assert_allclose(picture.found.metres(near), metres, rtol=1e-4)
-    page.forget(picture)
-    assert picture.place and " m\n" in page.report(picture) and picture.found is None
+    visit.forget(picture)
+    assert picture.place and " m\n" in visit.report(picture) and picture.found is None
 
 
 def test_what_the_fit_refuses_is_said(desk, upload):
-    picture = page.take(desk, "a", upload, **TAKE)
+    picture = visit.take(desk, "a", upload, **TAKE)
     for x in (3.5, 40.5):
-        page.look(picture, x, 9.5)
-        page.know(picture, 2)
-    assert "No metres: the points are all 2 m away" in page.report(picture)
+        visit.look(picture, x, 9.5)
+        visit.know(picture, 2)
+    assert "No metres: the points are all 2 m away" in visit.report(picture)
 
 
 @pytest.mark.parametrize("action, words", [
-    (lambda picture: page.look(picture, 57, 3), "x must be from 0 to 56"),
-    (lambda picture: page.look(picture, float("nan"), 3), "x must be"),
-    (lambda picture: page.know(picture, 2), "Choose a point first"),
-    (lambda picture: (page.look(picture, 1, 1), page.know(picture, 0)), "a number above 0"),
-    (page.forget, "no known distance"),
-    (lambda picture: page.write_files(picture, [], "turbo", 0), "at least one kind"),
-    (lambda picture: page.write_files(picture, ["npy"], "turbo", 200), "field of view"),
+    (lambda picture: visit.look(picture, 57, 3), "x must be from 0 to 56"),
+    (lambda picture: visit.look(picture, float("nan"), 3), "x must be"),
+    (lambda picture: visit.know(picture, 2), "Choose a point first"),
+    (lambda picture: (visit.look(picture, 1, 1), visit.know(picture, 0)), "a number above 0"),
+    (visit.forget, "no known distance"),
+    (lambda picture: visit.write_files(picture, [], "turbo", 0), "at least one kind"),
+    (lambda picture: visit.write_files(picture, ["npy"], "turbo", 200), "field of view"),
 ])
 def test_mistakes_are_sentences(desk, upload, action, words):
-    picture = page.take(desk, "a", upload, **TAKE)
+    picture = visit.take(desk, "a", upload, **TAKE)
     with pytest.raises(ValueError, match=words):
         action(picture)
 
@@ -109,18 +109,18 @@ def test_mistakes_are_sentences(desk, upload, action, words):
 @pytest.mark.parametrize("metric", [False, True])
 def test_files_are_those_of_predict(desk, upload, ckpt, tmp_path, monkeypatch, metric):
     pytest.importorskip("OpenEXR"), pytest.importorskip("plyfile")
-    picture = page.take(desk, "a", upload, **TAKE)
-    options = ["--save", *page.FILES.values(), "--colormap", "turbo", "--fov", 70]
+    picture = visit.take(desk, "a", upload, **TAKE)
+    options = ["--save", *visit.FILES.values(), "--colormap", "turbo", "--fov", 70]
     if metric:
         values = picture.values()
         for place in (np.unravel_index(pick(), SIZE) for pick in (values.argmin, values.argmax)):
-            page.look(picture, place[1] + 0.5, place[0] + 0.5)
-            page.know(picture, (0.6 * float(values[place]) + 0.2) ** -2)
-        assert "Metres are known" in page.report(picture)
+            visit.look(picture, place[1] + 0.5, place[0] + 0.5)
+            visit.know(picture, (0.6 * float(values[place]) + 0.2) ** -2)
+        assert "Metres are known" in visit.report(picture)
         rows = [",".join(map(repr, point)) for point in picture.points]
         (tmp_path / "points.csv").write_text("\n".join(["x,y,metres", *rows]))
         options += ["--metric", tmp_path / "points.csv"]
-    files = page.write_files(picture, list(page.FILES.values()), "turbo", 70)
+    files = visit.write_files(picture, list(visit.FILES.values()), "turbo", 70)
     assert worlds.call(monkeypatch, predict, upload, "--ckpt", ckpt, "--out", tmp_path / "out",
                        *options) == 0
     assert len(files) == (7 if metric else 5)
@@ -130,13 +130,13 @@ def test_files_are_those_of_predict(desk, upload, ckpt, tmp_path, monkeypatch, m
 
 
 def test_pictures_for_the_browser(desk, upload):
-    picture = page.take(desk, "a", upload, **TAKE)
-    shown = page.colour(picture, "turbo")
-    assert {Image.open(path).size for path in shown} == {(page.SHOWN, page.SHOWN * 40 // 56)}
-    before = np.array(Image.open(page.mark(picture, depth=True)))
-    page.look(picture, 28, 20)
-    page.know(picture, 3)
-    after = np.array(Image.open(page.mark(picture, depth=True)))
+    picture = visit.take(desk, "a", upload, **TAKE)
+    shown = visit.colour(picture, "turbo")
+    assert {Image.open(path).size for path in shown} == {(visit.SHOWN, visit.SHOWN * 40 // 56)}
+    before = np.array(Image.open(visit.mark(picture, depth=True)))
+    visit.look(picture, 28, 20)
+    visit.know(picture, 3)
+    after = np.array(Image.open(visit.mark(picture, depth=True)))
     changed = np.argwhere(np.abs(after.astype(int) - before).max(axis=2) > 60)
     np.testing.assert_allclose(changed.mean(axis=0), np.array(after.shape[:2]) / 2, atol=3)
     assert len(list(picture.folder.glob("marked_*"))) == 1
@@ -144,12 +144,12 @@ def test_pictures_for_the_browser(desk, upload):
 
 def test_mesh_in_metres_without_what_is_far(desk, upload):
     trimesh = pytest.importorskip("trimesh")
-    picture = page.take(desk, "a", upload, **TAKE)
+    picture = visit.take(desk, "a", upload, **TAKE)
     near = np.full(SIZE, 0.5, np.float32)
     near[:5] = 0.02
     np.save(picture.folder / "values.npy", near)
     picture.found = fit(near, [[9.5, 9.5, 2], [9.5, 2.5, 200]])
-    path, distance = page.write_mesh(picture, 0)
+    path, distance = visit.write_mesh(picture, 0)
     mesh = trimesh.load(path, force="mesh")
     np.testing.assert_allclose(mesh.vertices[:, 2], -2, rtol=1e-4)
     assert distance == pytest.approx(2, rel=1e-4)
@@ -159,38 +159,38 @@ def test_mesh_in_metres_without_what_is_far(desk, upload):
 
 
 def test_visitors_are_apart_and_leave_nothing(desk, upload, monkeypatch):
-    first, second = (page.take(desk, session, upload, **TAKE) for session in "ab")
+    first, second = (visit.take(desk, session, upload, **TAKE) for session in "ab")
     assert first.folder != second.folder and len(first.folder.name) > 20
-    page.look(first, 3, 4)
+    visit.look(first, 3, 4)
     assert not second.place
     with pytest.raises(ValueError, match="no picture"):
         desk.picture("c")
     desk.leave("a")
     assert left(desk) == [second.folder.name] and upload.exists()  # equal uploads are one file
-    third = page.take(desk, "b", second.photo, **TAKE)  # another model or resolution
+    third = visit.take(desk, "b", second.photo, **TAKE)  # another model or resolution
     assert left(desk) == [third.folder.name] and third.photo.exists()
     desk.leave("b")
     assert left(desk) == [] and not desk.pictures
-    monkeypatch.setattr(page, "MOST_PICTURES", 2)
+    monkeypatch.setattr(visit, "MOST_PICTURES", 2)
     iio.imwrite(upload, photo(*SIZE))
     for session in "abc":
-        page.take(desk, session, upload, **TAKE)
+        visit.take(desk, session, upload, **TAKE)
     assert list(desk.pictures) == ["b", "c"] and len(left(desk)) == 2
 
 
 def test_models(ckpt, tmp_path, files, monkeypatch):
-    assert list(page.find_models()) == ["miniature.safetensors"]  # no sd2, no dinov2
-    assert list(page.find_models(ckpt).values()) == [ckpt, page.MINIATURE]
-    monkeypatch.setattr(page, "WEIGHTS", files)
-    assert list(page.find_models()) == ["stage1.safetensors"]
+    assert list(visit.find_models()) == ["miniature.safetensors"]  # no sd2, no dinov2
+    assert list(visit.find_models(ckpt).values()) == [ckpt, visit.MINIATURE]
+    monkeypatch.setattr(visit, "WEIGHTS", files)
+    assert list(visit.find_models()) == ["stage1.safetensors"]
     with pytest.raises(OSError, match="give a model file"):
-        page.find_models(tmp_path / "none.safetensors")
+        visit.find_models(tmp_path / "none.safetensors")
 
 
 def test_time_left_is_told_from_the_second_picture_on(desk, upload):
     told = []
     desk.model("tiny").predict = lambda *_: time.sleep(0.5) or np.zeros(SIZE, np.float32)
-    take = partial(page.take, desk, "a", upload, "tiny", None)
+    take = partial(visit.take, desk, "a", upload, "tiny", None)
     take(lambda share, text: told.append((share, text)))
     assert (None, "predicting for 0 s") in told and not any(share for share, _ in told)
     iio.imwrite(upload, photo(*SIZE))
@@ -220,19 +220,19 @@ def bomb(path):
 ])
 def test_uploads_that_are_refused_leave_nothing(desk, tmp_path, monkeypatch, write, words):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    monkeypatch.setattr(page, "MOST_BYTES", 8000)
-    allow_pixels(page.MOST_PIXELS)
+    monkeypatch.setattr(visit, "MOST_BYTES", 8000)
+    allow_pixels(visit.MOST_PIXELS)
     write(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=words) as refused:
-        page.take(desk, "a", tmp_path / "a.jpg", **TAKE)
+        visit.take(desk, "a", tmp_path / "a.jpg", **TAKE)
     assert str(tmp_path) not in str(refused.value)
     assert left(desk) == [] and not (tmp_path / "a.jpg").exists() and not desk.pictures
 
 
 def test_more_pixels_than_allowed_in_a_format_without_limit(desk, upload, monkeypatch):
-    monkeypatch.setattr(page, "MOST_PIXELS", 2000)
+    monkeypatch.setattr(visit, "MOST_PIXELS", 2000)
     with pytest.raises(ValueError, match="more than 2,000 pixels"):
-        page.take(desk, "a", upload, **TAKE)
+        visit.take(desk, "a", upload, **TAKE)
 
 
 @pytest.mark.parametrize("port", [(), ("0",), ("70000",), ("http",)])
@@ -337,7 +337,7 @@ def test_uploads_stay_in_the_folder_and_below_the_limit(server):
     path = Path(json.loads(body)[0])
     assert status == 200 and path.resolve().is_relative_to(scratch) and path.name == "evil.png"
     assert not list(scratch.glob("evil*")) and not list(scratch.parent.glob("evil*"))
-    assert send(url, "big.png", bytes(page.MOST_BYTES + 1))[0] == 413
+    assert send(url, "big.png", bytes(visit.MOST_BYTES + 1))[0] == 413
     for header, value in (("Content-Length", 2 << 30), ("Transfer-Encoding", "chunked")):
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
         connection.putrequest("POST", "/gradio_api/upload")
