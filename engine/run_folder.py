@@ -13,9 +13,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from engine.job import agreed
 from engine.terminal import is_first, say
@@ -334,10 +332,9 @@ class Log:
             self.events.flush()
 
     def show(self, step, picture):
-        """Gives TensorBoard a picture file."""
+        """Gives TensorBoard a picture uint8 H,W,3."""
         if self.events:
-            self.events.add_image("validation", np.asarray(Image.open(picture)), step,
-                                  dataformats="HWC")
+            self.events.add_image("validation", picture, step, dataformats="HWC")
 
     def has_validation(self, step):
         """Whether the log has the validation row of a step; a killed run may lack it.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data.files import write_png
+from data.images import read_rgb
 from data.loading import Chunks, read_ahead
 from data.sources import BENCHMARKS
 from engine.terminal import say
@@ -120,7 +121,7 @@ def check(model, reader, images, dtype, folder, step, log):
     log.write({"step": step, "validation": scores, "left_out": len(bad)})
     with whole(folder / "validation.png") as temporary:
         shutil.copyfile(picture, temporary)
-    log.show(step, picture)
+    log.show(step, read_rgb(picture))
     say(f"Step {step}, validation: AbsRel {scores['abs_rel']:.3f}, "
         f"delta1 {scores['delta1']:.3f}, boundary F1 {scores['boundary_f1']:.3f}; "
         f"see {picture}.")

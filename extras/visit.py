@@ -215,7 +215,7 @@ def colour(picture, colours):
 def mark(picture, depth):
     """Draws known points and the place on the photo or on the depth, as shown -> its path."""
     base = next(picture.folder.glob("depth_*.png")) if depth else picture.folder / "photo.jpg"
-    canvas = Image.open(base).convert("RGB")
+    canvas = Image.fromarray(read_rgb(base))
     draw, size = ImageDraw.Draw(canvas), font_size(canvas.width)
     marks = [(x, y, str(number)) for number, (x, y, _) in enumerate(picture.points, start=1)]
     if picture.place and picture.place not in [point[:2] for point in picture.points]:

@@ -120,16 +120,18 @@ def test_the_picture_shows_the_first_samples_of_one_size(model, reader, tmp_path
 
 
 def test_a_check_is_a_row_a_line_and_a_picture(model, reader, tmp_path, capsys):
-    rows = []
+    rows, shown = [], []
 
     class Log:
-        write = rows.append
+        write, show = rows.append, lambda step, picture: shown.append((step, picture.shape))
 
     loop.check(model, reader, 2, torch.float32, tmp_path, 30, Log)
     scores = by_hand(model, reader, [0, 6])
     assert len(rows) == 1 and rows[0]["step"] == 30
     assert rows[0]["validation"] == pytest.approx(scores, rel=1e-9)
-    assert (tmp_path / "pictures/000030.png").exists()
+    assert (tmp_path / "pictures/000030.png").read_bytes() == (
+        tmp_path / "validation.png").read_bytes()
+    assert shown[0][0] == 30 and shown[0][1][2] == 3
     said = capsys.readouterr().err
     for name in ("abs_rel", "delta1", "boundary_f1"):
         assert f" {scores[name]:.3f}" in said
