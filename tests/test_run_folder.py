@@ -157,6 +157,17 @@ def test_spoiled_checkpoints_fall_back_or_are_whole(tmp_path):
     assert 150 < fell
 
 
+def test_damage_that_pytorch_reads_now_so_now_so(tmp_path):
+    """In the archive's directory: a size (at 20), a folder's mark (at 38) of the last entry."""
+    for place in (20, 38):
+        saved(tmp_path / str(place), [2, 4])
+        path = tmp_path / str(place) / "state.pt"
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + place] ^= 16
+        path.write_bytes(content)
+        assert found(tmp_path / str(place)) == (2, 2)
+
+
 class Code:
     """Pickles to a call, which must never happen."""
 
