@@ -1,5 +1,6 @@
 """data/training_set.py: telling data sets apart, samples as a pure function of k, replacement."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -31,6 +32,15 @@ from data.vkitti import VirtualKITTI
 
 SIZE, WIDE = (32, 40), (24, 56)
 MIX = [0.7, 0.3]
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left():
+    """Ends workers that a test left; a loader that is collected later would wait ten seconds."""
+    yield
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
 
 
 class Rooms:
