@@ -21,7 +21,7 @@ demo: .venv/ready   ## the main job in small: render, train both stages, evaluat
 
 # Much of the time of runs that are killed is waiting, so the other tests run beside them. (Some
 # more go with them, which evens out the two halves.)
-RUNS = tests/faults tests/test_app.py tests/test_trainers.py tests/test_train_stage2.py tests/test_systems.py tests/test_speed.py
+RUNS = tests/faults tests/test_trainers.py tests/test_train_stage2.py tests/test_systems.py tests/test_speed.py
 test: .venv/extras
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 test-units test-runs
 
