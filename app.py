@@ -101,7 +101,7 @@ def launch(gr, desk, host, port):
     blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
         ssr_mode=False, footer_links=[], run_history=False, enable_monitoring=False,
-        max_file_size=visit.MOST_BYTES, css=page.CSS,
+        max_file_size=visit.MOST_BYTES, css=page.CSS, js=page.CURSOR,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         app_kwargs={"middleware": [(Guarded, (), {})]})
     return blocks

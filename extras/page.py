@@ -2,11 +2,12 @@
 
 import functools
 import html
+from pathlib import Path
 
 from data.images import PICTURES
 from engine.job import out_of_memory
 from extras.visit import (
-    COLOURS, FILES, FIRST, GONE, MINIATURE, RESOLUTIONS, colour, forget, know, look,
+    COLOURS, FILES, FIRST, GONE, MINIATURE, RESOLUTIONS, codes, colour, forget, know, look,
     mark, report, take, write_files, write_mesh,
 )
 
@@ -20,10 +21,14 @@ NOTE = """**What the numbers mean.** The prediction is square-root disparity up 
 metres = 1 / (s x + t)², and every point reads in metres along the camera's axis. x counts to the
 right and y down, in pixels of the upright photo, from its upper left corner. Photos stay on this
 machine, and are removed when you leave the page."""
+CURSOR = Path(__file__).with_name("cursor.js").read_text(encoding="utf-8")
 CSS = """
 .gradio-container {max-width: 1400px !important; margin: auto}
 #marked img {cursor: crosshair}
 input[type=number] {appearance: textfield}
+#tip {position: fixed; top: 0; left: 0; z-index: 9; pointer-events: none; padding: 2px 6px;
+  background: #000c; color: #fff; font: 14px monospace}
+#tip:empty {display: none}
 #files .filename {display: table-cell; white-space: normal; word-break: break-all}
 #files .stem {white-space: normal; overflow: visible}
 #files .label-clear-button {display: none}
@@ -56,8 +61,10 @@ def build(gr, desk):
                 view = gr.Model3D(label="In 3D (drag to turn)", height=440, interactive=False,
                                   elem_id="view")
         gr.Markdown(NOTE)
+        values = gr.File(visible="hidden")  # for the cursor
+        values.change(None, values, js="file => window.takeCodes(file)", api_visibility="private")
         connect(gr, page, desk, given | asked | wanted
-                | {"shown": shown, "marked": marked, "view": view})
+                | {"shown": shown, "marked": marked, "view": view, "values": values})
     return page
 
 
@@ -141,10 +148,14 @@ def connect(gr, page, desk, part):
 
     def drawn(picture, colours, base):
         shown = colour(picture, colours)
-        return {part["shown"]: tuple(map(str, shown))} | updated(picture, base)
+        return {part["shown"]: tuple(map(str, shown))} | measured(picture, base)
 
     def updated(picture, base):
         return {part["marked"]: str(mark(picture, base == "depth")), part["said"]: report(picture)}
+
+    def measured(picture, base):
+        new = updated(picture, base)  # fits the metres
+        return new | {part["values"]: str(codes(picture))}
 
     def recolour(colours, base, request: gr.Request):
         picture = desk.pictures.get(request.session_hash)
@@ -169,12 +180,12 @@ def connect(gr, page, desk, part):
     def known(metres, base, request: gr.Request):
         picture = desk.picture(request.session_hash)
         know(picture, metres)
-        return {part["metres"]: 0} | updated(picture, base)
+        return {part["metres"]: 0} | measured(picture, base)
 
     def forgotten(base, request: gr.Request):
         picture = desk.picture(request.session_hash)
         forget(picture)
-        return updated(picture, base)
+        return measured(picture, base)
 
     def files(kinds, colours, fov, request: gr.Request):
         picture = desk.picture(request.session_hash)
@@ -188,17 +199,17 @@ def connect(gr, page, desk, part):
     def leave(request: gr.Request):
         desk.leave(request.session_hash)
 
-    new = "shown marked view files photo"
+    new = "shown marked values view files photo"
     for source in ("photo", "camera"):
         event = part[source].upload if source == "photo" else part[source].input
         on(event, start, f"{source} name res colours base", new, long=True)
     on([part["name"].change, part["res"].change], again, "name res colours base", new, long=True)
-    on(part["colours"].change, recolour, "colours base", "shown marked")
+    on(part["colours"].change, recolour, "colours base", "shown marked values")
     on(part["marked"].select, click, "base", "x y marked")
     on([part["read"].click, part["x"].submit, part["y"].submit], read, "x y base", "marked")
     on(part["base"].input, rebase, "base", "marked")
-    on([part["know"].click, part["metres"].submit], known, "metres base", "metres marked")
-    on(part["forget"].click, forgotten, "base", "marked")
+    on([part["know"].click, part["metres"].submit], known, "metres base", "metres marked values")
+    on(part["forget"].click, forgotten, "base", "marked values")
     on(part["write"].click, files, "kinds colours fov", "files", long=True)
     on(part["turn"].click, mesh, "fov", "view", long=True)
     page.unload(leave)

@@ -295,6 +295,25 @@ def report(picture):
     return "\n".join([*lines, about])
 
 
+def codes(picture):
+    """Writes what the browser shows under the cursor, of each pixel as shown -> the file's path.
+
+    uint16 (1 or 2),h,w without a header: nearness x 65535; depth in centimetres, if it is known.
+    """
+    width, height = picture.shown_size()
+    rows, columns = (((np.arange(shown) + 0.5) * size / shown).astype(int)
+                     for size, shown in zip(picture.size, (height, width)))
+    values = picture.values()[rows[:, None], columns]
+    planes = [nearness(values, picture.target) * 65535]
+    if picture.found:
+        planes.append(picture.found.metres(values) * 100)
+    for old in picture.folder.glob("codes_*.bin"):
+        old.unlink()
+    path = picture.folder / f"codes_{secrets.token_hex(4)}.bin"
+    path.write_bytes(np.stack(planes).round().clip(0, 65535).astype("<u2").tobytes())
+    return path
+
+
 # ------------------------------------------------------------- files
 
 

@@ -142,6 +142,21 @@ def test_pictures_for_the_browser(desk, upload):
     assert len(list(picture.folder.glob("marked_*"))) == 1
 
 
+def test_values_under_the_cursor(desk, upload):
+    picture = visit.take(desk, "a", upload, **TAKE)
+    width, height = picture.shown_size()
+
+    def read():
+        return np.fromfile(visit.codes(picture), "<u2").reshape(-1, height, width)
+    near, = read() / 65535
+    for y, x in (0, 0), (height - 1, width - 1), (500, 1000):
+        expected = picture.values()[y * SIZE[0] // height, x * SIZE[1] // width]
+        assert near[y, x] == pytest.approx(expected, abs=1e-5)
+    picture.found = fit(np.array([[0, 1]], np.float32), [[0.5, 0.5, 10], [1.5, 0.5, 2]])
+    assert np.abs(read()[1] / 100 - picture.found.metres(near)).max() < 0.02
+    assert len(list(picture.folder.glob("codes_*"))) == 1
+
+
 def test_mesh_in_metres_without_what_is_far(desk, upload):
     trimesh = pytest.importorskip("trimesh")
     picture = visit.take(desk, "a", upload, **TAKE)
@@ -453,6 +468,18 @@ def test_a_visit(server, browser, tmp_path):
     with OpenEXR.File(str(files["depth.exr"]), separate_channels=True) as file:
         np.testing.assert_array_equal(file.channels()["Z"].pixels, metres)
     assert len(plyfile.PlyData.read(files["depth.ply"])["vertex"]) > 1000
+
+    def tip():
+        return browser.find_element("id", "tip").text
+    for selector in "#shown img", "#marked img":
+        hover = find(selector)[0]
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", hover)
+        ActionChains(browser).move_to_element(hover).perform()
+        until(lambda: tip().endswith(" m"))
+        assert float(tip().split(",")[0]) == pytest.approx(near[45, 60], abs=2e-3)
+        assert float(tip().split()[1]) == pytest.approx(metres[45, 60], rel=1e-2)
+    ActionChains(browser).move_to_element(find("#write")[0]).perform()
+    assert not tip()
 
     loaded = browser.execute_script(
         "return performance.getEntriesByType('resource').map(each => each.name)")
