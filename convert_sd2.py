@@ -26,12 +26,14 @@ from engine.terminal import say, tell
 from nets import model_file
 from nets.depthmaster import DepthMaster
 from nets.official.export import write_diffusers
-from nets.official.source import fit, open_source
+from nets.official.read import read_json
+from nets.official.source import SCHEDULER, fit, open_source
 from nets.text import EMPTY_PROMPT, TextEncoder
 from storage import sha256
 
 MODELS = {"sd2": "Stable Diffusion 2", "stage1": "DepthMaster, stage 1",
-          "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2"}
+          "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2",
+          "denoise": "depth by denoising (Marigold)"}
 
 
 def main():
@@ -86,7 +88,8 @@ def assemble(source, path, dtype):
     """Autoencoder, U-Net and the empty prompt's embedding as one model."""
     vae_sizes, vae = fit(source.parts["vae"], dtype)
     unet_sizes, unet = fit(source.parts["unet"], dtype)
-    if unet_sizes["in_channels"] != vae_sizes["latent_channels"]:
+    latents = 2 if source.kind == "denoise" else 1
+    if unet_sizes["in_channels"] != latents * vae_sizes["latent_channels"]:
         raise ValueError(f"{path}: the U-Net takes {unet_sizes['in_channels']} channels, the "
                          f"autoencoder gives {vae_sizes['latent_channels']}: this is a variant "
                          "(inpainting, depth, upscaling); take the plain text-to-image model.")
@@ -98,8 +101,13 @@ def assemble(source, path, dtype):
     unet["text_embedding"] = text.to(dtype)
     tensors = {f"vae.{name}": tensor for name, tensor in vae.items()}
     tensors |= {f"unet.{name}": tensor for name, tensor in unet.items()}
+    kind = DepthMaster
+    if source.kind == "denoise":
+        from extras.denoising import Denoiser as kind, schedule_of
+        schedule = source.files.get(str(SCHEDULER))
+        settings["schedule"] = schedule_of(read_json(schedule), schedule) if schedule else {}
     with torch.device("meta"):
-        model = DepthMaster(vae=vae_sizes, unet=unet_sizes, **settings)
+        model = kind(vae=vae_sizes, unet=unet_sizes, **settings)
     model.load_state_dict(tensors, assign=True)
     model.kind, model.licence = source.kind, source.licence
     return model
@@ -142,8 +150,12 @@ def text_constant(source, path):
 def export(path, folder, dtype=torch.float32):
     """Writes a model of this project as diffusers' folders; returns the path of the folder."""
     terminal.check_folder(folder.parent, f"--out {folder}:")
-    model = DepthMaster.from_file(path, dtype=dtype)
-    write_diffusers(model, folder)
+    if model_file.read_header(path)["kind"] == "denoise":
+        from extras.denoising import Denoiser, scheduler_config
+        model = Denoiser.from_file(path, dtype=dtype)
+        write_diffusers(model, folder, scheduler_config(model))
+    else:
+        write_diffusers(DepthMaster.from_file(path, dtype=dtype), folder)
     say("The text encoder is not part of a model: its embedding of the empty prompt, a "
         f"constant, is in {folder / 'text_embedding.safetensors'}.")
     return folder

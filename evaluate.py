@@ -44,7 +44,7 @@ from nets.inference.precision import choose
 from storage import sha256
 
 # Table II's rows: time steps of the passes; i2l: only the autoencoder, on the ground truth.
-PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": ()}
+PARADIGMS = {"single": (1,), "iterative": (4, 3, 2, 1), "i2l": (), "denoise": ()}
 
 
 def options():
@@ -81,7 +81,10 @@ def options():
     add("--processing-res", type=terminal.number_from_0, metavar="PIXELS",
         help="longest side in prediction, 0: native (the set's)")
     add("--paradigm", choices=PARADIGMS, default="single", help="Table II; iterative: four passes, "
-        "each on the last one's output; i2l: the truth through the autoencoder (%(default)s)")
+        "each on the last one's output; i2l: the truth through the autoencoder; denoise: as "
+        "Marigold, passes and maps as below (%(default)s)")
+    add("--denoise-steps", type=terminal.positive, default=50, help="passes (%(default)s)")
+    add("--ensemble", type=terminal.positive, default=10, help="maps to combine (%(default)s)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="float32",
         help="of the model (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
@@ -232,7 +235,11 @@ def main():
     model = None
     if not args.predictions:
         before = identity(ckpt) if ckpt.is_file() else None
-        model = DepthMaster.from_file(ckpt, ranks.device, getattr(torch, args.precision))
+        kind = DepthMaster
+        if args.paradigm == "denoise":
+            from extras.denoising import Denoiser as kind
+        model = kind.from_file(ckpt, ranks.device, getattr(torch, args.precision))
+        model.steps, model.ensemble = args.denoise_steps, args.ensemble
         if model.kind == "sd2":
             say(f"warning: {ckpt} was never trained for depth; its scores mean nothing.")
         model.for_inference(ranks.device, args.precision, PARADIGMS[args.paradigm])
@@ -253,6 +260,8 @@ def main():
     if model:
         settings |= {name: str(getattr(args, name)) for name in (
             "precision", "paradigm", "processing_res")} | {"batch": str(batch)}
+        if args.paradigm == "denoise":
+            settings |= {"passes": f"{args.denoise_steps} x {args.ensemble}"}
         settings |= state_of_weights(ckpt, before)
     else:
         settings |= state_of_predictions(args.predictions, keys, metric)

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.cache import CachedTrainingSet, fill, fingerprint
-from data.hypersim_geometry import CAMERA_CSV
-from data.pairs import PAIRS_CSV, pair_options
+from data.cache import fill, open_cache
+from data.pairs import pair_options
 from data.training_set import (
     add_data_options,
     check_data,
@@ -148,28 +147,6 @@ def teacher_file(sd2, dinov2):
     return dinov2
 
 
-def cached(training_set, objective, folder, settings, files, dtype, kept_dtype, workers, ranks):
-    """The training set of the frozen networks' outputs; missing outputs are computed first.
-
-    settings, files: all that the outputs depend on besides the data's paths and sizes.
-    """
-    roots = [source.root.resolve() for source in training_set.sources]
-    places = [(str(root), size) for root, size in zip(roots, training_set.sizes)]
-    tables = [root / name for root in roots for name in (CAMERA_CSV, PAIRS_CSV)]
-    name = fingerprint(settings | dict(places=places, kept=str(kept_dtype)),
-                       files + [table for table in tables if table.exists()])
-    training_set = CachedTrainingSet(training_set, folder / name)
-
-    def frozen(batch):
-        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-            return objective.frozen(to_device(batch, ranks.device))
-
-    fill(training_set, frozen, kept_dtype, workers, ranks.rank, ranks.world)
-    objective.teacher = None  # not used any more; validation still uses the autoencoder
-    job.wait()
-    return training_set
-
-
 def main():
     parser = options()
     args = parser.parse_args()
@@ -218,10 +195,18 @@ def main():
     first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
     if args.cache:
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
-                        autocast=str(dtype), **pairs)
-        files = [args.sd2, dinov2] if dinov2 else [args.sd2]
-        training_set = cached(training_set, objective, args.cache, settings, files, dtype,
-                              getattr(torch, args.cache_precision), args.workers, ranks)
+                        autocast=str(dtype), kept=f"torch.{args.cache_precision}", **pairs)
+        training_set = open_cache(training_set, args.cache, settings,
+                                  [args.sd2, dinov2] if dinov2 else [args.sd2])
+
+        def frozen(batch):
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                return objective.frozen(to_device(batch, ranks.device))
+
+        fill(training_set, frozen, getattr(torch, args.cache_precision), args.workers, ranks.rank,
+             ranks.world)
+        objective.teacher = None  # not used any more; validation still uses the autoencoder
+        job.wait()
     if args.compile:
         objective.unet.compile(dynamic=False)  # compiled again for each size
 

@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.hypersim_geometry import CAMERA_CSV
 from data.loading import read_ahead
+from data.pairs import PAIRS_CSV
 from data.training_set import TrainingSet, collate
 from data.transforms import BadSample, FilteredSample
 from storage import read_text, sha256, whole, write_text
@@ -43,6 +45,19 @@ def fingerprint(settings, files):
     for path in files:
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:16]
+
+
+def open_cache(training_set, folder, settings, files):
+    """The training set whose samples are entries below a folder; `fill` computes missing ones.
+
+    settings, files: all that the entries depend on besides the data's paths and sizes.
+    """
+    roots = [source.root.resolve() for source in training_set.sources]
+    places = [(str(root), size) for root, size in zip(roots, training_set.sizes)]
+    tables = [root / name for root in roots for name in (CAMERA_CSV, PAIRS_CSV)]
+    name = fingerprint(settings | dict(places=places),
+                       files + [table for table in tables if table.exists()])
+    return CachedTrainingSet(training_set, folder / name)
 
 
 class CachedTrainingSet(TrainingSet):

@@ -70,7 +70,7 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, k):
         """dict(image uint8 3,h,w; target float32 1,h,w in [-1,1]; valid bool 1,h,w; name;
-        replaced: list of Replaced).
+        replaced: list of Replaced; place int64: k).
 
         A sample that can't be used is replaced by another of its data set; `replaced` lists
         the unusable ones. Raises ValueError if 100 in a row can't be used.
@@ -91,7 +91,7 @@ class TrainingSet(Dataset):
                 filtered = isinstance(error, FilteredSample)
                 replaced.append(Replaced(source.name(index), str(error), filtered))
             else:
-                return dict(sample, replaced=replaced)
+                return dict(sample, replaced=replaced, place=torch.tensor(k))
         raise ValueError(f"{source.root}: {MAX_REPLACEMENTS} samples in a row can't be used, the "
                          f"last being {replaced[-1].name} ({replaced[-1].reason.rstrip('.')}); "
                          "check the data set.")

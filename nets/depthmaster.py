@@ -31,6 +31,8 @@ class DepthMaster(nn.Module):
     train_size: (height, width) of training; processing_res: longest side in prediction.
     """
 
+    kinds = KINDS  # of the files that `from_file` opens
+
     def __init__(self, *, vae=None, unet=None, target="sqrt_disparity", train_size=(480, 640),
                  processing_res=768):
         super().__init__()
@@ -45,7 +47,7 @@ class DepthMaster(nn.Module):
     @classmethod
     def from_file(cls, path, device="cpu", dtype=None):
         """Opens a model file of kind sd2 (untrained for depth), stage1 or stage2."""
-        header = model_file.read_header(path, kinds=KINDS)
+        header = model_file.read_header(path, kinds=cls.kinds)
         model = model_file.build(cls, header["config"], path, device, dtype)
         model.kind, model.sources = header["kind"], header["sources"]
         model.licence = header["licence"]

@@ -1,7 +1,7 @@
 """Model files: one .safetensors with everything that is needed to build and run the model.
 
-The header (JSON, under one key of the file's metadata) holds: format (version), kind (`sd2`,
-`stage1`, `stage2` or `dinov2`), config (the constructor's arguments), sources (names and sha256 of
+The header (JSON, under one key of the file's metadata) holds: format (version), kind (one of
+MADE_BY), config (the constructor's arguments), sources (names and sha256 of
 the files it was made from), licence and, but for DINOv2, selftest (nets/selftest.py). Nothing in a
 file depends on time, path or host, so equal runs write equal bytes.
 """
@@ -22,7 +22,8 @@ USE = {"target", "train_size", "processing_res"}  # keys of a config that are no
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
 KEY = "depthmaster"
 MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
-           "stage2": "train_stage2.py"}
+           "stage2": "train_stage2.py",
+           "denoise": "extras.train_denoising, for evaluate.py --paradigm denoise"}
 # The library writes tensors in the reverse of this order of types.
 DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
           torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
@@ -81,8 +82,8 @@ def read_header(path, kinds=tuple(MADE_BY)):
                          f"{FORMAT}: update the code.")
     if header["kind"] not in kinds:
         wanted = " or ".join(f"{kind} (from {MADE_BY[kind]})" for kind in kinds)
-        raise ValueError(f"{path} holds a {header['kind']} model, but what is needed here is "
-                         f"{wanted}.")
+        raise ValueError(f"{path} holds a {header['kind']} model (from "
+                         f"{MADE_BY.get(header['kind'])}), but what is needed here is {wanted}.")
     return header
 
 

@@ -110,7 +110,7 @@ def test_files_that_are_not_what_is_needed(tmp_path):
     save_file({"weight": torch.ones(2)}, newer, metadata={model_file.KEY: header})
     refused(newer, "update the code")
     refused(written(tmp_path / "model.safetensors"),
-            r"holds a sd2 model, but what is needed here is dinov2 \(from convert_sd2.py\)",
+            r"holds a sd2 model \(from convert_sd2.py\), but what is needed here is dinov2 \(from ",
             kinds=("dinov2",))
 
 

@@ -11,8 +11,11 @@ from nets.official.sizes import FIXED, SETTINGS
 from nets.official.source import NETWORKS, TEXT_CONSTANT
 
 
-def write_diffusers(model, folder):
-    """Writes unet/ and vae/ as diffusers loads them, and the text embedding beside them."""
+def write_diffusers(model, folder, settings=None):
+    """Writes unet/ and vae/ as diffusers loads them, and the text embedding beside them.
+
+    settings: {relative path: content} of more JSON files.
+    """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: give the name of a new folder.")
@@ -24,6 +27,9 @@ def write_diffusers(model, folder):
         write_network(new / "unet", model.unet, layouts.UNET_DIFFUSERS, unet_settings(model))
         write_network(new / "vae", model.vae, layouts.VAE_DIFFUSERS, vae_settings(model))
         model_file.save(new / TEXT_CONSTANT, {"text_embedding": model.unet.text_embedding}, header)
+        for path, content in (settings or {}).items():
+            (new / path).parent.mkdir(exist_ok=True)
+            write_json(new / path, content)
         os.replace(new, folder)
 
 
@@ -33,7 +39,11 @@ def write_network(folder, network, layout, settings):
                for name, tensor in network.state_dict().items() if name != "text_embedding"}
     file = folder / "diffusion_pytorch_model.safetensors"
     model_file.write_tensors(file, tensors, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "config.json", settings)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def theirs(net, config):

@@ -33,6 +33,7 @@ PARTS = {"unet", "unet_ema", "vae", "text_encoder"}  # names of the networks' fo
 STEMS = ("model", "pytorch_model")  # of transformers' files
 TEXT_CONSTANT = "text_embedding.safetensors"  # beside unet/ and vae/ in a folder that we wrote
 ADAPTER = "dinov2_adapter.pth"  # beside or in unet/, from stage 1 of the released code
+SCHEDULER = Path("scheduler", "scheduler_config.json")  # of a denoising model
 ADAPTER_NAMES = {f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")}
 
 # Tensors of a source that are not needed; patterns of whole names.
@@ -67,7 +68,7 @@ class Part:
 class Source:
     """The networks that `open_source` found in a file or folder."""
 
-    kind: str  # "sd2", "stage1", "stage2" or "dinov2"
+    kind: str  # "sd2", "stage1", "stage2", "denoise" or "dinov2"
     layout: str  # in words
     parts: dict  # of Part, by network
     files: dict  # path by name
@@ -253,7 +254,11 @@ def open_diffusers(folder):
         if net == "text":
             tensors = without(stripped(tensors, "text_model.", file), TEXT_EXTRAS, ignored)
         parts[net] = Part(net, origin, tensors, read_settings(file))
-    kind = "stage2" if "fftblock.norm.weight" in parts["unet"].tensors else "sd2"
+    unet = parts["unet"].tensors
+    kind = "stage2" if "fftblock.norm.weight" in unet else "sd2"
+    if "conv_in.weight" in unet and unet["conv_in.weight"].shape[1] == 8:
+        kind = "denoise"
+        files |= {str(SCHEDULER): file for file in [folder / SCHEDULER] if file.is_file()}
     adapter = next((file for file in (folder / ADAPTER, folder / "unet" / ADAPTER)
                     if file.is_file()), None)
     if adapter and kind == "sd2":
@@ -262,7 +267,7 @@ def open_diffusers(folder):
     licence = SD2_LICENCE if kind == "sd2" else DEPTHMASTER_LICENCE
     if exported:
         files[TEXT_CONSTANT] = exported
-        header = model_file.read_header(exported, kinds=KINDS)
+        header = model_file.read_header(exported, kinds=(*KINDS, "denoise"))
         kind, licence = header["kind"], header["licence"]
     return Source(kind, "a diffusers folder", parts, files, licence, ignored, exported)
 
