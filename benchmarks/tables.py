@@ -1,0 +1,278 @@
+"""The paper's Tables I to VI and open questions: each row's commands, and the rows in miniature.
+
+    python -m benchmarks.tables --table III                      # prints, trains, scores, writes
+    python -m benchmarks.tables --table all --real FOLDER        # also scored on a folder of pairs
+    python -m benchmarks.tables --table all --scale full         # the commands at true size
+    python -m benchmarks.tables --table I --scale full --run     # ... and runs them in order
+
+In miniature all rows start from the same pre-trained models, and rows of one table train for about
+as long, on the same rendered scenes; no pre-training has seen the scenes that are scored. Each
+seed of each row is kept in docs/tables/results.json when it is done, so that the same command goes
+on after an interruption; docs/tables.md is written from that file alone. --scale night trains four
+times as long. Steps and sizes are fixed here, before the seeds are run.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+from benchmarks.rows import MODELS, TABLES, Scale, key, scoring, training
+from benchmarks.tables_report import write_report
+from engine import job
+from engine.terminal import say
+from storage import read_text, write_text
+
+SCENES = dict(train=640, val=150, streets_train=60, streets_val=60)
+# Steps of 8 samples that take about three minutes of one core (2.1 GHz Xeon): samples a second were
+# 16 for stage 1 from its cache, 3.5 for stage 2.
+STEPS = {"stage1": 360, "denoising": 350, "more": 360, "stage2": 80}
+RATES = {"stage1": 1e-3, "denoising": 1e-3, "more": 1e-4, "stage2": 1e-4}
+TEACHER_STEPS = 600
+COMMON = ("--data {scenes}/hypersim --vkitti {scenes}/vkitti --vkitti-crop 96 336 --batch 8 "
+          "--micro-batch 8 --warmup 20 --workers 0 --log-every 10 --validate-every 1000000 "
+          "--validate-images 1 --save-every 1000000 --device cpu")
+# One thread; freed memory is kept, because asking the system for it again takes time.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
+               "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+KEPT = ("abs_rel", "delta1", "boundary_f1")
+DOCS = Path("docs")
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--table", nargs="+", default=["all"], choices=[*TABLES, "open", "all"], help="(all)")
+    add("--scale", choices=["miniature", "night", "full"], default="miniature", help="(miniature)")
+    add("--seeds", type=int, default=3, help="(%(default)s)")
+    add("--real", type=Path, help="a folder of pairs to score on, too (rgb/, depth/)")
+    add("--runs", type=Path, default=Path("runs/tables"), help="folder of the runs (%(default)s)")
+    add("--report", action="store_true", help="only write docs/tables.md from what is there")
+    add("--run", action="store_true", help="at full scale: run what is printed")
+    add("--data", default="/hypersim", help="at full scale: Hypersim (%(default)s)")
+    add("--vkitti", default="/vkitti2", help="at full scale: Virtual KITTI 2 (%(default)s)")
+    add("--root", default="/benchmarks", help="at full scale: the sets to score on (%(default)s)")
+    return parser.parse_args()
+
+
+def chosen_tables(names):
+    """{number: (title, entries)} of the tables that are asked for."""
+    return {number: table for number, table in TABLES.items() if "all" in names
+            or number in names or number.split(":")[0] in names}
+
+
+# ------------------------------------------------------------------------------- the two scales
+
+
+def miniature(runs, steps_times, real):
+    """The Scale of two cores. real: a folder of pairs or None."""
+    steps = {kind: count * steps_times for kind, count in STEPS.items()}
+    common = {kind: f"{COMMON} --steps {count} --decay-steps {count} --lr {RATES[kind]}"
+              for kind, count in steps.items()}
+    precision = {kind: f"--precision float32 {words}" for kind, words in common.items()}
+    words = dict(
+        sd2="weights/miniature_sd2.safetensors", dinov2="weights/miniature_dinov2.safetensors",
+        stage1="weights/miniature.safetensors", teachers=runs / "teachers", scenes=runs / "scenes",
+        denoise="--denoise-steps 10 --ensemble 3", size_dinov2="", size_openclip="", size_aimv2="",
+        size_sam="")
+    sets = "--data {scenes} --datasets hypersim vkitti --vkitti-crop 96 336 --workers 0"
+    return Scale(words, precision, f"{sets} --device cpu", words["stage1"], str(runs / "cache"))
+
+
+def full(data, vkitti, root):
+    """The Scale of the paper: its steps and rates are the scripts' defaults."""
+    words = dict(
+        sd2="weights/sd2.safetensors", dinov2="weights/dinov2_vitg14.safetensors",
+        stage1="runs/full/middle/0/model.safetensors", teachers="weights", data=data,
+        vkitti=vkitti, root=root, denoise="--denoise-steps 50 --ensemble 10",
+        size_dinov2="_vitg14", size_openclip="_vith14", size_aimv2="_large14", size_sam="_vith16")
+    train = "--data {data} --vkitti {vkitti}"
+    memory = memory_of_stages()
+    # The paper's hours on one H800; the work of a step is the same for all rows of a kind.
+    notes = {"stage1": f"30 h, {memory['stage 1']} GB", "stage2": f"30 h, {memory['stage 2']} GB",
+             "more": f"30 h, {memory['stage 1']} GB", "denoising": "30 h, as stage 1"}
+    more = f"{train} --steps 10000 --lr 3e-6"
+    return Scale(words, {kind: more if kind == "more" else train for kind in notes},
+                 "--data {root}", words["stage1"], "runs/full/cache", notes)
+
+
+def memory_of_stages():
+    """{stage: GB}, measured at full size with recomputed activations, from RESULTS.md."""
+    rows = re.findall(r"^\| (stage [12]) \| recomputed \|(.*)\|$",
+                      read_text("benchmarks/RESULTS.md"), re.MULTILINE)
+    return {stage: cells.split("|")[3].strip() for stage, cells in rows}
+
+
+def print_full(tables, scale, run):
+    """Prints the commands of a scale in order, with hours and memory; run: runs each, too."""
+    done, out = set(), Path("runs/full")
+    for number, (title, entries) in tables.items():
+        say(f"# Table {number}: {title}" if ":" not in number else f"# {title}")
+        needed = [entry.model for entry in entries if entry.model in MODELS]
+        if any(MODELS[name].kind in ("stage2", "more") for name in needed):
+            needed.insert(0, "middle")  # stage 1, where stage 2 begins
+        for name in needed:
+            if name not in done:
+                done.add(name)
+                words = training(name, scale, 0, out / name / "0")
+                command(words, run, scale.notes[MODELS[name].kind])
+        for entry in entries:
+            if key(entry) not in done:
+                done.add(key(entry))
+                ckpt = scale.start if entry.model == "start" else (
+                    out / entry.model / "0" / "model.safetensors")
+                command(scoring(entry, scale, ckpt, out / "scores" / slug(entry)), run)
+
+
+def command(words, run, note=""):
+    print(shlex.join(["python", *map(str, words)]) + (f"    # {note}" if note else ""), flush=True)
+    if run and subprocess.run([sys.executable, *map(str, words)]).returncode:
+        raise ValueError("the command above failed: mend that and give the same command again.")
+
+
+def slug(entry):
+    return re.sub(r"[^a-z0-9]+", "_", key(entry).lower()).strip("_")
+
+
+# ------------------------------------------------------------------------------- in miniature
+
+
+def call(words, log):
+    """Runs a script on one thread; what it says goes to a file, whose end is shown if it fails."""
+    print(shlex.join(["python", *map(str, words)]), flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        done = subprocess.run([sys.executable, *map(str, words)], stdout=file, stderr=file,
+                              env=os.environ | ENVIRONMENT)
+    if done.returncode:
+        raise ValueError(f"the command above failed: {read_text(log)[-1500:]}")
+
+
+class Results:
+    """docs/tables/results.json: settings, and per row and seed the scores of each image."""
+
+    def __init__(self, path, settings):
+        self.path, self.lock = path, Lock()
+        self.content = {"settings": settings, "scores": {}, "seconds": {}}
+        if path.exists():
+            before = json.loads(read_text(path))
+            if before["settings"] != settings:
+                raise ValueError(f"{path} holds rows with other settings: move it away to begin "
+                                 "anew.")
+            self.content = before
+
+    def has(self, name, seed):
+        return str(seed) in self.content["scores"].get(name, {})
+
+    def add(self, name, seed, scores, seconds):
+        """Keeps the scores {set: {score: list}} of a row, and how long its model trained."""
+        with self.lock:
+            self.content["scores"].setdefault(name, {})[str(seed)] = scores
+            self.content["seconds"].setdefault(name, {})[str(seed)] = seconds
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(self.content, sort_keys=True) + "\n")
+
+
+def scores_of(folder):
+    """{set: {score: [one per image, rounded]}} from evaluate.py's per_image.csv."""
+    found = {}
+    with open(folder / "per_image.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            scores = found.setdefault(row["dataset"], {name: [] for name in KEPT})
+            for name in KEPT:
+                scores[name].append(round(float(row[name]), 5))
+    return found
+
+
+def seconds_of(folder):
+    """Seconds that a run's steps took, from its log; 0 without a log."""
+    log = folder / "log.jsonl"
+    rows = [json.loads(line) for line in read_text(log).splitlines()] if log.exists() else []
+    steps = [row for row in rows if "samples_per_second" in row]
+    counts = [row["step"] - before for row, before in
+              zip(steps, [0, *(row["step"] for row in steps)])]
+    return round(sum(8 * count / row["samples_per_second"] for row, count in zip(steps, counts)))
+
+
+def run_row(name, entries, seed, scale, args, results):
+    """Trains a model with a seed and scores all its entries; what is kept is not done again."""
+    todo = [entry for entry in entries if not results.has(key(entry), seed)]
+    if not todo:
+        return
+    folder = args.runs / args.scale / name / str(seed)
+    if name == "start":
+        ckpt = scale.start
+    else:
+        ckpt = folder / "model.safetensors"
+        call(training(name, scale, seed, folder), folder / "train.txt")
+    for entry in todo:
+        out = folder / f"scores_{slug(entry)}"
+        call(scoring(entry, scale, ckpt, out), folder / "score.txt")
+        found = scores_of(out)
+        if args.real:
+            real = f"--data {args.real} --datasets pairs --workers 0 --device cpu"
+            out = folder / f"real_{slug(entry)}"
+            call(scoring(entry, Scale(scale.words, {}, real), ckpt, out), folder / "score.txt")
+            found |= scores_of(out)
+        results.add(key(entry), seed, found, seconds_of(folder))
+    for state in folder.glob("state*.pt"):  # large, and not needed once the scores are kept
+        state.unlink()
+
+
+def prepare(args):
+    """Renders the scenes and pre-trains the teachers of Table IV."""
+    from miniature import render
+    render.ensure(args.runs / "scenes", **SCENES)
+    wanted = chosen_tables(args.table)
+    if "IV" in wanted:
+        folder = args.runs / "teachers"
+        kinds = [kind for kind in ("dinov2", "openclip", "aimv2", "sam")
+                 if not (folder / f"{kind}.safetensors").exists()]
+        words = ["-m", "miniature.pretrain", "teacher", "--scenes", args.runs / "scenes",
+                 "--teacher-steps", TEACHER_STEPS, "--teacher-out"]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda kind: call(
+                [*words, folder / f"{kind}.safetensors", "--teacher-kind", kind],
+                folder / f"{kind}.txt"), kinds))
+
+
+def run_miniature(tables, args, results):
+    """Runs all rows, two at a time, the first seed of all rows first."""
+    scale = miniature(args.runs, 4 if args.scale == "night" else 1, args.real)
+    prepare(args)
+    rows = {}
+    for _, entries in tables.values():
+        for entry in entries:
+            mine = rows.setdefault(entry.model, [])
+            mine += [entry] if key(entry) not in map(key, mine) else []
+    todo = [(name, entries, seed) for seed in range(args.seeds) for name, entries in rows.items()
+            if seed == 0 or name != "start"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda row: run_row(*row, scale, args, results), todo))
+
+
+def main():
+    args = options()
+    tables = chosen_tables(args.table)
+    if args.scale == "full":
+        return print_full(tables, full(args.data, args.vkitti, args.root), args.run)
+    settings = dict(scale=args.scale, scenes=SCENES, steps=STEPS, rates=RATES,
+                    teacher_steps=TEACHER_STEPS)
+    name = "results" if args.scale == "miniature" else args.scale
+    results = Results(DOCS / "tables" / f"{name}.json", settings)
+    if not args.report:
+        run_miniature(tables, args, results)
+    written = write_report(results.content, DOCS)
+    say(f"Written: {written}.")
+
+
+if __name__ == "__main__":
+    job.run(main)
