@@ -226,7 +226,8 @@ def train_teacher(scenes, steps, seed):
         if int(torch.randint(2, (), generator=generator)):
             image, ids = image.flip(3), ids.flip(2)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(vit(teacher_image(image))).float()  # B,N,classes; a patch is 16 pixels
+            seen = teacher_image(image, vit.patch, vit.mean, vit.std)
+            logits = head(vit(seen)).float()  # B,N,classes; a patch is 16 pixels
         ids = rearrange(ids.long(), "b (h p) (w q) -> b (h w) (p q)", p=16, q=16)
         shares = F.one_hot(ids, len(CLASSES)).float().mean(dim=2)
         return F.cross_entropy(logits.flatten(0, 1), shares.flatten(0, 1))
