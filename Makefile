@@ -52,7 +52,7 @@ miniature: .venv/ready
 	$(PY) -m miniature.pretrain denoiser teacher --scenes $(SCENES)
 	$(PY) -m miniature.render $(SCENES) --train 18000 --val 96 --streets-train 900
 	$(TWO_RANKS) train_stage1.py --sd2 weights/miniature_sd2.safetensors \
-	  --dinov2 weights/miniature_dinov2.safetensors --data $(SCENES)/hypersim \
+	  --teacher weights/miniature_dinov2.safetensors --data $(SCENES)/hypersim \
 	  --vkitti $(SCENES)/vkitti --vkitti-crop 96 336 --cache runs/cache \
 	  --batch 16 --micro-batch 8 --lr 1e-3 --steps 11000 --decay-steps 11000 \
 	  --validate-every 2000 --validate-images 48 --out runs/miniature/stage1

@@ -4,6 +4,7 @@
     python convert_sd2.py v2-1_768-ema-pruned.ckpt    # the same from a single file
     python convert_sd2.py DepthMaster                 # as released -> weights/stage2.safetensors
     python convert_sd2.py dinov2_vitg14_pretrain.pth  # -> weights/dinov2_vitg14.safetensors
+    python convert_sd2.py sam_vit_h_4b8939.pth        # SAM, OpenCLIP, AIMv2: other teachers
     python convert_sd2.py runs/stage1/model.safetensors --export diffusers --out stage1_diffusers
     python convert_sd2.py runs/stage2/model.safetensors --export onnx --size 576 768 --out a.onnx
 
@@ -32,8 +33,8 @@ from nets.text import EMPTY_PROMPT, TextEncoder
 from storage import sha256
 
 MODELS = {"sd2": "Stable Diffusion 2", "stage1": "DepthMaster, stage 1",
-          "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2",
-          "denoise": "depth by denoising (Marigold)"}
+          "stage2": "DepthMaster, stage 2", "dinov2": "DINOv2", "openclip": "OpenCLIP",
+          "aimv2": "AIMv2", "sam": "SAM", "denoise": "depth by denoising (Marigold)"}
 
 
 def main():
@@ -67,14 +68,15 @@ def main():
 
 def convert(path, out=None, dtype=torch.float32):
     """Converts a file or folder of one of MODELS; returns the path of the written file."""
-    source = open_source(path)
+    from extras.encoder_files import encoder_name, open_encoder
+    source = open_source(path, open_encoder)
     report(source)
     check_out(out, *source.files.values())
     sources = [f"{name} sha256:{sha256(file)}" for name, file in source.files.items()]
-    if source.kind == "dinov2":
-        sizes, tensors = fit(source.parts["dinov2"], dtype)
-        out = out or Path("weights", dinov2_name(source, sizes["width"]) + ".safetensors")
-        header = dict(kind="dinov2", config=sizes, sources=sources, licence=source.licence)
+    if source.kind in source.parts:  # an encoder alone
+        sizes, tensors = fit(source.parts[source.kind], dtype)
+        out = out or Path("weights", f"{encoder_name(source, sizes)}.safetensors")
+        header = dict(kind=source.kind, config=sizes, sources=sources, licence=source.licence)
         model_file.save(out, tensors, header)
     else:
         model = assemble(source, path, dtype)
@@ -175,12 +177,6 @@ def report(source):
     if source.ignored:
         say(f"  ignored: {len(source.ignored)} tensors that are not needed "
             f"({', '.join(source.ignored[:3])}{', ...' if source.ignored[3:] else ''})")
-
-
-def dinov2_name(source, width):
-    family = "depth_anything_v2" if "Depth-Anything" in source.licence else "dinov2"
-    size = {384: "vits14", 768: "vitb14", 1024: "vitl14", 1536: "vitg14"}
-    return f"{family}_{size.get(width, f'width{width}')}"
 
 
 def check_out(out, *sources):

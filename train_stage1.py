@@ -1,7 +1,7 @@
 """Stage 1: the U-Net learns to regress the depth latent, its features aligned with DINOv2's.
 
 DepthMaster, arXiv 2501.02576, section III-B, Eq. 3-5 and 9. The U-Net (from Stable Diffusion 2) and
-a small adapter train; the autoencoder, the text and DINOv2 are frozen.
+a small adapter train; the autoencoder, the text and DINOv2 (or another teacher) are frozen.
 
     python train_stage1.py --data /hypersim [--vkitti /vkitti2]
     torchrun --nproc_per_node 8 train_stage1.py --data /hypersim        # the same, on 8 GPUs
@@ -40,7 +40,7 @@ from losses.latent import latent_loss, valid_cells
 from nets.depthmaster import DepthMaster
 from nets.dinov2 import DINOv2
 from nets.inference.precision import choose
-from nets.model_file import LONGEST
+from nets.model_file import LONGEST, read_header
 from nets.ops.recompute import activation_bytes
 from evaluation.curves import draw_curves
 from evaluation.loop import check
@@ -48,8 +48,8 @@ from evaluation.loop import check
 
 NO_SD2 = ("get Stable Diffusion 2's weights (README, \"Weights\"), run python convert_sd2.py "
           "FOLDER, or try --sd2 weights/miniature_sd2.safetensors.")
-NO_DINOV2 = ("get DINOv2's weights (README, \"Weights\"), run python convert_sd2.py FILE, or train "
-             "without the encoder (--align-weight 0).")
+NO_TEACHER = ("get DINOv2's weights (README, \"Weights\"), run python convert_sd2.py FILE, or "
+              "train without the encoder (--align-weight 0).")
 
 
 class Stage1(nn.Module):
@@ -95,9 +95,9 @@ class Stage1(nn.Module):
     @torch.no_grad()
     def teacher_tokens(self, image, size):
         """The encoder's tokens of the image at the aligned feature's size: B,h'*w',D."""
-        image = teacher_image(image)
+        image = teacher_image(image, self.teacher.patch, self.teacher.mean, self.teacher.std)
         grid = [side // self.teacher.patch for side in image.shape[2:]]
-        tokens = self.teacher(image.to(self.teacher.norm.weight.dtype))
+        tokens = self.teacher(image.to(next(self.teacher.parameters()).dtype))
         return resize_tokens(tokens, grid, size)
 
     def activation_bytes(self, samples, size, dtype):
@@ -119,8 +119,8 @@ def options():
     add("--sd2", type=Path, default=Path("weights/sd2.safetensors"),
         help="weights to start from (%(default)s)")
     # Deviation: DINOv2 by default, not Depth-Anything-V2's encoder.
-    add("--dinov2", type=Path, default=Path("weights/dinov2_vitg14.safetensors"),
-        help="encoder to align with (%(default)s)")
+    add("--teacher", "--dinov2", type=Path, default=Path("weights/dinov2_vitg14.safetensors"),
+        help="encoder to align with: DINOv2, OpenCLIP, AIMv2 or SAM (%(default)s)")
     add("--out", type=Path, default=Path("runs/stage1"), help="run folder (%(default)s)")
     add("--target", choices=TARGETS, default="sqrt_disparity", help="to regress, Table III "
         "(%(default)s)")
@@ -137,14 +137,23 @@ def options():
     return parser
 
 
-def teacher_file(sd2, dinov2):
+def teacher_file(sd2, teacher):
     """The encoder's file, else the small one beside small SD2 weights, else FileNotFoundError."""
     small = sd2.with_name(sd2.name.replace("_sd2", "_dinov2"))
-    if not dinov2.exists() and small != sd2 and small.exists():
+    if not teacher.exists() and small != sd2 and small.exists():
         return small
-    if not dinov2.exists():
-        raise FileNotFoundError(f"{dinov2} is not there: {NO_DINOV2}")
-    return dinov2
+    if not teacher.exists():
+        raise FileNotFoundError(f"{teacher} is not there: {NO_TEACHER}")
+    return teacher
+
+
+def open_teacher(path, dtype):
+    """The encoder in a file: DINOv2 or one of extras/encoders.py."""
+    kind = read_header(path, kinds=("dinov2", "openclip", "aimv2", "sam"))["kind"]
+    if kind == "dinov2":
+        return DINOv2.from_file(path, dtype=dtype)
+    from extras.encoders import NETWORKS
+    return NETWORKS[kind].from_file(path, dtype=dtype)
 
 
 def main():
@@ -170,13 +179,13 @@ def main():
         raise FileNotFoundError(f"{args.sd2} is not there: {NO_SD2}")
     model = DepthMaster.from_file(args.sd2)
     model.become("stage1", args.target, args.size)
-    dinov2 = teacher_file(args.sd2, args.dinov2) if args.align_weight else None
-    objective = Stage1(model, dinov2 and DINOv2.from_file(dinov2, dtype=dtype), args.align_at,
+    teacher = teacher_file(args.sd2, args.teacher) if args.align_weight else None
+    objective = Stage1(model, teacher and open_teacher(teacher, dtype), args.align_at,
                        args.align_loss)
     objective.to(ranks.device, memory_format=torch.channels_last)
-    weights = {"latent": 1.0} | ({"alignment": args.align_weight} if dinov2 else {})
+    weights = {"latent": 1.0} | ({"alignment": args.align_weight} if teacher else {})
     trained = nn.ModuleDict({"unet": objective.unet})
-    if dinov2:
+    if teacher:
         trained["adapter"] = objective.adapter
     optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True)
 
@@ -189,7 +198,7 @@ def main():
     objective.unet.checkpoint_activations = job.recompute_activations(
         args.checkpoint_activations, objective.unet.parameters(), ranks, needed=lambda:
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
-    content = run_folder.content((args.sd2, dinov2), model, training_set, ranks)
+    content = run_folder.content((args.sd2, teacher), model, training_set, ranks)
     state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend,
                                 content, args.accept_changes)
     first = run_folder.resume(args.out, state, trained, optimizer, args.steps, model)
@@ -197,7 +206,7 @@ def main():
         settings = dict(align_at=args.align_at, target=args.target, rgb_resize=args.rgb_resize,
                         autocast=str(dtype), kept=f"torch.{args.cache_precision}", **pairs)
         training_set = open_cache(training_set, args.cache, settings,
-                                  [args.sd2, dinov2] if dinov2 else [args.sd2])
+                                  [args.sd2, teacher] if teacher else [args.sd2])
 
         def frozen(batch):
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):

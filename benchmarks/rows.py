@@ -150,6 +150,7 @@ class Scale:
     start: str = ""  # the model that stage 2 begins with
     caches: str = ""
     notes: dict = field(default_factory=dict)  # kind: hours and memory, in words
+    same: dict = field(default_factory=dict)  # models that are others at this scale
 
 
 def training(name, scale, seed, out):

@@ -31,7 +31,7 @@ def arms(args):
     stage2 = ["train_stage2.py", "--ckpt", args.stage1, "--lr", args.lr]
     return {
         "stage 1 for as long (control)": [
-            "train_stage1.py", "--sd2", args.stage1, "--dinov2",
+            "train_stage1.py", "--sd2", args.stage1, "--teacher",
             "weights/miniature_dinov2.safetensors", "--lr", args.control_lr],
         "stage 2": stage2,
         "stage 2, identity init": [*stage2, "--fourier-init", "identity"],

@@ -52,7 +52,7 @@ def options():
     add = parser.add_argument
     add("--table", nargs="+", default=["all"], choices=[*TABLES, "open", "all"], help="(all)")
     add("--scale", choices=["miniature", "night", "full"], default="miniature", help="(miniature)")
-    add("--seeds", type=int, default=3, help="(%(default)s)")
+    add("--seeds", type=int, default=3, choices=range(1, 7), help="(%(default)s)")
     add("--real", type=Path, help="a folder of pairs to score on, too (rgb/, depth/)")
     add("--runs", type=Path, default=Path("runs/tables"), help="folder of the runs (%(default)s)")
     add("--report", action="store_true", help="only write docs/tables.md from what is there")
@@ -101,7 +101,8 @@ def full(data, vkitti, root):
              "more": f"30 h, {memory['stage 1']} GB", "denoising": "30 h, as stage 1"}
     more = f"{train} --steps 10000 --lr 3e-6"
     return Scale(words, {kind: more if kind == "more" else train for kind in notes},
-                 "--data {root}", words["stage1"], "runs/full/cache", notes)
+                 "--data {root}", words["stage1"], "runs/full/cache", notes,
+                 {"as_dinov2": "middle", "start": "middle"})
 
 
 def memory_of_stages():
@@ -113,22 +114,22 @@ def memory_of_stages():
 
 def print_full(tables, scale, run):
     """Prints the commands of a scale in order, with hours and memory; run: runs each, too."""
-    done, out = set(), Path("runs/full")
+    trained, scored, out = set(), set(), Path("runs/full")
     for number, (title, entries) in tables.items():
         say(f"# Table {number}: {title}" if ":" not in number else f"# {title}")
         needed = [entry.model for entry in entries if entry.model in MODELS]
         if any(MODELS[name].kind in ("stage2", "more") for name in needed):
             needed.insert(0, "middle")  # stage 1, where stage 2 begins
-        for name in needed:
-            if name not in done:
-                done.add(name)
+        for name in (scale.same.get(name, name) for name in needed):
+            if name not in trained:
+                trained.add(name)
                 words = training(name, scale, 0, out / name / "0")
                 command(words, run, scale.notes[MODELS[name].kind])
         for entry in entries:
-            if key(entry) not in done:
-                done.add(key(entry))
-                ckpt = scale.start if entry.model == "start" else (
-                    out / entry.model / "0" / "model.safetensors")
+            entry = entry._replace(model=scale.same.get(entry.model, entry.model))
+            if key(entry) not in scored:
+                scored.add(key(entry))
+                ckpt = out / entry.model / "0" / "model.safetensors"
                 command(scoring(entry, scale, ckpt, out / "scores" / slug(entry)), run)
 
 
@@ -236,12 +237,10 @@ def prepare(args):
         folder = args.runs / "teachers"
         kinds = [kind for kind in ("dinov2", "openclip", "aimv2", "sam")
                  if not (folder / f"{kind}.safetensors").exists()]
-        words = ["-m", "miniature.pretrain", "teacher", "--scenes", args.runs / "scenes",
-                 "--teacher-steps", TEACHER_STEPS, "--teacher-out"]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda kind: call(
-                [*words, folder / f"{kind}.safetensors", "--teacher-kind", kind],
-                folder / f"{kind}.txt"), kinds))
+                ["-m", "benchmarks.teachers", kind, folder / f"{kind}.safetensors", "--scenes",
+                 args.runs / "scenes", "--steps", TEACHER_STEPS], folder / f"{kind}.txt"), kinds))
 
 
 def run_miniature(tables, args, results):

@@ -22,7 +22,7 @@ from storage import append, check_file, compressed, read_text, sha256, sync, who
 STATE, PREVIOUS, MODEL = "state.pt", "state.previous.pt", "model.safetensors"
 LOG, OPTIONS, LOCK = "log.jsonl", "args.json", ".lock"
 CONTENT = {"step": int, "trained": dict, "optimizer": dict}  # of a checkpoint
-FILES = ("data", "vkitti", "sd2", "dinov2", "ckpt")  # options; older runs stored None for a default
+FILES = ("data", "vkitti", "sd2", "teacher", "ckpt")  # options; old runs have None for a default
 CONTENT_OF_RUN = "content"  # key in args.json: digests of files and samples
 HELD = {}  # open lock files by path: a lock lasts as long as its file is open
 
@@ -225,7 +225,8 @@ def read_options(path):
     if not whole:
         raise ValueError(f"{path} is missing or damaged, so that this run's options are not known: "
                          "bring back a copy of it, or choose another --out.")
-    return options
+    # Runs that were begun before there were other teachers call the option by its old name.
+    return {"teacher" if name == "dinov2" else name: value for name, value in options.items()}
 
 
 def resume(folder, state, trained, optimizer, steps, model=None):

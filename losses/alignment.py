@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 class FeatureAdapter(nn.Sequential):
     """Maps U-Net features B,N,C to the encoder's width B,N,D (Eq. 4); keys 0, 2, 4."""
@@ -22,23 +19,23 @@ class FeatureAdapter(nn.Sequential):
                          nn.Linear(width, width))
 
 
-def teacher_image(image):
-    """The encoder's input for images B,3,H,W in [-1,1]: ImageNet-normalised, 7/8 of the size.
+def teacher_image(image, patch, mean, std):
+    """The encoder's input for images B,3,H,W in [-1,1]: normalised; a patch covers 16 pixels.
 
-    480x640 becomes 420x560, so that a patch of 14 pixels covers 16 of the image. `resize_tokens`
-    then brings its 30x40 tokens to the U-Net's feature, 8x10 in the middle (other sizes: rounded
-    down to whole patches, at least one); bicubic without antialias.
+    With DINOv2's patch of 14, 480x640 becomes 420x560, 7/8 of the size. `resize_tokens` then
+    brings its 30x40 tokens to the U-Net's feature, 8x10 in the middle (other sizes: rounded down
+    to whole patches, at least one); bicubic without antialias. mean, std: of the encoder.
     """
-    mean, std = imagenet_statistics(image.device)
+    mean, std = statistics(image.device, mean, std)
     # Deviation: normalises the image in [0,1]; the released code normalises it in [-1,1].
-    size = [max(side // 16, 1) * 14 for side in image.shape[2:]]
+    size = [max(side // 16, 1) * patch for side in image.shape[2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
 
 
 @cache  # each copy to a GPU would make the CPU wait
-def imagenet_statistics(device):
+def statistics(device, mean, std):
     """Mean and standard deviation of the channels, 2,3,1,1 on a device."""
-    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[..., None, None]
+    return torch.tensor([mean, std], device=device)[..., None, None]
 
 
 def resize_tokens(tokens, grid, size):

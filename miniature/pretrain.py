@@ -212,11 +212,9 @@ def train_denoiser(vae, scenes, steps, seed):
     return unet
 
 
-def train_teacher(scenes, steps, seed):
+def train_teacher(vit, scenes, steps, seed):
     """The ViT on rooms: which share of each patch belongs to which class (soft cross-entropy)."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vit = DINOv2(**TEACHER)
     head = nn.Linear(vit.width, len(CLASSES))
     images, _, classes = next(group for group in scenes if group[2] is not None)
 
@@ -226,7 +224,8 @@ def train_teacher(scenes, steps, seed):
         if int(torch.randint(2, (), generator=generator)):
             image, ids = image.flip(3), ids.flip(2)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(vit(teacher_image(image))).float()  # B,N,classes; a patch is 16 pixels
+            seen = teacher_image(image, vit.patch, vit.mean, vit.std)
+            logits = head(vit(seen)).float()  # B,N,classes; a patch is 16 pixels
         ids = rearrange(ids.long(), "b (h p) (w q) -> b (h w) (p q)", p=16, q=16)
         shares = F.one_hot(ids, len(CLASSES)).float().mean(dim=2)
         return F.cross_entropy(logits.flatten(0, 1), shares.flatten(0, 1))
@@ -271,7 +270,8 @@ def main():
         model.sources, model.licence = SOURCES, LICENCE
         model.save(args.out / "miniature_sd2.safetensors", torch.float16)
     if "teacher" in args.parts:
-        teacher = train_teacher(scenes, args.teacher_steps, args.seed)
+        torch.manual_seed(args.seed)
+        teacher = train_teacher(DINOv2(**TEACHER), scenes, args.teacher_steps, args.seed)
         header = dict(kind="dinov2", config=TEACHER, sources=SOURCES, licence=LICENCE)
         tensors = {name: value.half() for name, value in teacher.state_dict().items()}
         model_file.save(args.out / "miniature_dinov2.safetensors", tensors, header)

@@ -22,12 +22,12 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, bias=True):
         super().__init__()
         check_heads(width, heads)
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias)
+        self.proj = nn.Linear(width, width, bias)
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
@@ -36,23 +36,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
-    """Gated SiLU; the hidden width is 2/3 of the MLP's, rounded up to a multiple of 8."""
+    """Gated SiLU; by default the hidden width is 2/3 of the MLP's, rounded up to 8 * n."""
 
-    def __init__(self, width):
+    def __init__(self, width, hidden=None, bias=True):
         super().__init__()
-        hidden = (int(4 * width * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        hidden = hidden or (int(4 * width * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(width, 2 * hidden, bias)
+        self.w3 = nn.Linear(hidden, width, bias)
 
     def forward(self, x):
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -75,7 +75,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = SwiGLU(width) if swiglu else MLP(width)
+        self.mlp = SwiGLU(width) if swiglu else MLP(width, 4 * width)
         self.ls2 = LayerScale(width)
 
     def forward(self, x):
@@ -89,6 +89,8 @@ class DINOv2(nn.Module):
     (width, depth, heads, swiglu) of other models: S (384, 12, 6, False), B (768, 12, 12, False),
     L (1024, 24, 16, False). grid: patches per side of the stored position embeddings.
     """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pictures in [0,1]
 
     def __init__(self, *, width=1536, depth=40, heads=24, swiglu=True, patch=14, grid=37):
         super().__init__()

@@ -1,9 +1,9 @@
 """Model files: one .safetensors with everything that is needed to build and run the model.
 
 The header (JSON, under one key of the file's metadata) holds: format (version), kind (one of
-MADE_BY), config (the constructor's arguments), sources (names and sha256 of
-the files it was made from), licence and, but for DINOv2, selftest (nets/selftest.py). Nothing in a
-file depends on time, path or host, so equal runs write equal bytes.
+MADE_BY), config (the constructor's arguments), sources (names and sha256 of the files it was made
+from), licence and, but for the teachers, selftest (nets/selftest.py). Nothing in a file depends on
+time, path or host, so equal runs write equal bytes.
 """
 
 import json
@@ -21,9 +21,9 @@ FORMAT = 1
 USE = {"target", "train_size", "processing_res"}  # keys of a config that are not sizes of a network
 ENTRIES = {"format": int, "kind": str, "sources": list, "licence": str}  # and config
 KEY = "depthmaster"
-MADE_BY = {"sd2": "convert_sd2.py", "dinov2": "convert_sd2.py", "stage1": "train_stage1.py",
-           "stage2": "train_stage2.py",
-           "denoise": "extras.train_denoising, for evaluate.py --paradigm denoise"}
+MADE_BY = dict.fromkeys(("sd2", "dinov2", "openclip", "aimv2", "sam"), "convert_sd2.py") | {
+    "stage1": "train_stage1.py", "stage2": "train_stage2.py",
+    "denoise": "extras.train_denoising, for evaluate.py --paradigm denoise"}
 # The library writes tensors in the reverse of this order of types.
 DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
           torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
@@ -143,9 +143,9 @@ def usable(config):
 
 def is_size(name, value):
     """Whether a value is valid for this keyword of our networks' constructors."""
-    if name in ("swiglu", "fourier"):
+    if name in ("swiglu", "fourier", "native"):
         return isinstance(value, bool)
-    if name == "attention":
+    if name in ("attention", "windowed"):
         return isinstance(value, list) and all(isinstance(part, bool) for part in value)
     if name == "scaling_factor":
         return type(value) in (int, float) and 0 < value < math.inf

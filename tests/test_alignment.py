@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
+from nets.dinov2 import DINOv2
 
 
 def numpy_kl(adapted, target):
@@ -59,18 +60,29 @@ def test_adapter_has_the_released_keys_and_shape():
     assert adapter(torch.randn(2, 6, 12)).shape == (2, 6, 20)
 
 
+def for_dinov2(image):
+    return teacher_image(image, 14, DINOv2.mean, DINOv2.std)
+
+
 def test_teacher_image_size_and_colour():
     image = torch.full((1, 3, 480, 640), 1.0)
-    seen = teacher_image(image)
+    seen = for_dinov2(image)
     assert seen.shape == (1, 3, 420, 560)  # 30 x 40 patches of 14
     expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     torch.testing.assert_close(seen[0, :, 200, 300], torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 def test_teacher_image_of_other_sizes_has_whole_patches():
-    assert teacher_image(torch.zeros(1, 3, 352, 1216)).shape[2:] == (308, 1064)
-    assert teacher_image(torch.zeros(1, 3, 100, 130)).shape[2:] == (84, 112)
-    assert teacher_image(torch.zeros(1, 3, 9, 9)).shape[2:] == (14, 14)
+    assert for_dinov2(torch.zeros(1, 3, 352, 1216)).shape[2:] == (308, 1064)
+    assert for_dinov2(torch.zeros(1, 3, 100, 130)).shape[2:] == (84, 112)
+    assert for_dinov2(torch.zeros(1, 3, 9, 9)).shape[2:] == (14, 14)
+
+
+def test_teacher_image_for_a_patch_of_16_keeps_its_size():
+    """Statistics of mean 1/2 and deviation 1/2 give the image itself."""
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    torch.testing.assert_close(teacher_image(image, 16, (0.5,) * 3, (0.5,) * 3), image)
+    assert teacher_image(image, 32, (0.5,) * 3, (0.5,) * 3).shape == (2, 3, 64, 96)
 
 
 def test_tokens_are_resized_as_a_map():

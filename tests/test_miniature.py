@@ -73,7 +73,7 @@ def test_the_teacher_tells_places_apart(held_out):
     for index in range(FRAMES):
         image = held_out[index]["image"][None] / 127.5 - 1
         with torch.no_grad():
-            tokens = teacher(teacher_image(image))[0]
+            tokens = teacher(teacher_image(image, 14, DINOv2.mean, DINOv2.std))[0]
         classes = semantic_classes(held_out, index)[8::16, 8::16].flatten()
         tokens = torch.nn.functional.normalize(tokens - tokens.mean(0), dim=1)
         similar = tokens @ tokens.T

@@ -176,7 +176,7 @@ STAND_INS = pytest.mark.parametrize("content, said", [
 def test_a_file_that_only_stands_for_one(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name, tmp_path / name, said)
-    for reader in (DepthMaster.from_file, DINOv2.from_file):  # as --ckpt, --sd2, --dinov2
+    for reader in (DepthMaster.from_file, DINOv2.from_file):  # as --ckpt, --sd2, --teacher
         refused(tmp_path / name, tmp_path / name, said, read=reader)
 
 

@@ -67,7 +67,7 @@ def test_names_that_are_no_utf8_survive_training(files, tmp_path):  # noqa: F811
     (root / f"depth/{ODD}.npy").write_bytes(b"spoiled")
     for cache in ((), ("--cache", tmp_path / "cache")):
         code, _, said = run(
-            "train_stage1.py", "--data", root, "--sd2", files / "sd2.safetensors", "--dinov2",
+            "train_stage1.py", "--data", root, "--sd2", files / "sd2.safetensors", "--teacher",
             files / "dinov2.safetensors", "--out", tmp_path / f"run{len(cache)}", *SHORT,
             "--workers", 2, "--batch", 3, "--micro-batch", 1, *cache)
         assert code == 0, said

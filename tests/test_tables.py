@@ -89,7 +89,7 @@ def test_another_power_of_depth_is_learnt_and_aligned(restored, name, exponent):
     t = depth_m**-exponent if exponent else -depth_m.log()
     inside = (y[0] > -1) & (y[0] < 1)
     assert np.corrcoef(y[0][inside], t[inside])[0, 1] > 0.99999
-    aligned = metrics.align(0.3 * t + 0.1, depth_m, valid, "sqrt_disparity")
+    aligned = metrics.align(0.3 * t + 2, depth_m, valid, "sqrt_disparity")
     torch.testing.assert_close(aligned, depth_m.double(), rtol=1e-4, atol=1e-4)
     before = metrics.align(1 / depth_m, depth_m, valid, "disparity")
     torch.testing.assert_close(before, depth_m.double(), rtol=1e-4, atol=1e-4)

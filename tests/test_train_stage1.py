@@ -33,13 +33,13 @@ from tests.worlds import (
 
 def train(monkeypatch, files, out, *options):
     """Runs the script's main() with tiny settings; a later option overrides an earlier one."""
-    return run(monkeypatch, train_stage1, out, "--sd2", files / "sd2.safetensors", "--dinov2",
+    return run(monkeypatch, train_stage1, out, "--sd2", files / "sd2.safetensors", "--teacher",
                files / "dinov2.safetensors", "--data", files / "pairs", *options)
 
 
 def start(files, out, *options):
     """The script in a process of its own, on one thread."""
-    words = [sys.executable, train_stage1.__file__, "--sd2", files / "sd2.safetensors", "--dinov2",
+    words = [sys.executable, train_stage1.__file__, "--sd2", files / "sd2.safetensors", "--teacher",
              files / "dinov2.safetensors", "--data", files / "pairs", "--out", out, *SHORT,
              "--validate-every", 999, *options]
     return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True,
@@ -270,7 +270,8 @@ def test_the_objective_against_its_parts(files, place, channels):
     z, feature = model.unet(model.vae.encode(image), place)
     z_target = model.vae.encode(batch["target"].repeat(1, 3, 1, 1))
     torch.testing.assert_close(losses["latent"], latent_loss(z, z_target, batch["valid"]))
-    tokens = resize_tokens(teacher(teacher_image(image)), (2, 3), feature.shape[2:])
+    seen = teacher_image(image, 14, DINOv2.mean, DINOv2.std)
+    tokens = resize_tokens(teacher(seen), (2, 3), feature.shape[2:])
     adapted = objective.adapter(feature.permute(0, 2, 3, 1).reshape(2, -1, channels))
     torch.testing.assert_close(losses["alignment"], feature_alignment_loss(adapted, tokens))
 
@@ -326,7 +327,7 @@ def test_options_decide_the_loss(files, tmp_path, monkeypatch, options, expected
 
 @pytest.mark.parametrize("options, words", [
     (["--sd2", "dinov2.safetensors"], "holds a dinov2 model"),
-    (["--dinov2", "sd2.safetensors"], "holds a sd2 model"),
+    (["--teacher", "sd2.safetensors"], "holds a sd2 model"),
     (["--out", "sd2.safetensors"], "--out .*sd2.safetensors is a file: give a folder."),
     (["--cache", "sd2.safetensors"], "--cache .*sd2.safetensors is a file: give a folder."),
 ])

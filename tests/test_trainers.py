@@ -43,7 +43,7 @@ def objective_2(files, dtype):
 # Of each stage: the script, its objective, the weights to begin with, its losses and their weights.
 STAGES = {
     "stage1": (train_stage1, train_stage1.Stage1, objective_1,
-               {"--sd2": "sd2.safetensors", "--dinov2": "dinov2.safetensors"},
+               {"--sd2": "sd2.safetensors", "--teacher": "dinov2.safetensors"},
                {"latent": 1, "alignment": 1}),
     "stage2": (train_stage2, train_stage2.Stage2, objective_2, {"--ckpt": "stage1.safetensors"},
                {"pixel": 1, "gradient": 0.001}),

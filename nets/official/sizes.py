@@ -33,27 +33,29 @@ FIXED = {
 }
 
 
-def sizes(net, shapes, settings):
+def sizes(net, shapes, settings, tables=None):
     """Keywords of our constructor: from config.json if present there, else from the shapes.
 
-    shapes: {our name: shape}; settings: content of config.json, or empty. KeyError with the name
-    of a missing tensor whose shape is needed, ValueError if config.json describes another network.
+    shapes: {our name: shape}; settings: content of config.json, or empty; tables: those of another
+    network. KeyError with the name of a missing tensor whose shape is needed, ValueError if
+    config.json describes another network.
     """
+    measures = {"unet": unet_sizes, "vae": vae_sizes, "text": text_sizes, "dinov2": dinov2_sizes}
+    names, fixed, measure = tables or (SETTINGS[net], FIXED[net], measures[net])
     if not isinstance(settings, dict):
         raise ValueError("config.json is not a table of settings: download it again.")
-    for key, value in FIXED[net].items():
+    for key, value in fixed.items():
         if settings.get(key, value) != value:
             raise ValueError(f"config.json says {key} = {settings[key]}, but the network that is "
                              f"built here has {value}: it is another model's.")
-    given = {ours: settings[theirs] for ours, theirs in SETTINGS[net].items()
+    given = {ours: settings[theirs] for ours, theirs in names.items()
              if settings.get(theirs) is not None}
     if net == "unet" and "down_block_types" in settings:
         given["attention"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
-    measure = {"unet": unet_sizes, "vae": vae_sizes, "text": text_sizes, "dinov2": dinov2_sizes}
-    found = {**measure[net](shapes), **given}
+    found = {**measure(shapes), **given}
     for name, value in found.items():
         if not is_size(name, value):
-            theirs = SETTINGS[net].get(name, name)
+            theirs = names.get(name, name)
             raise ValueError(f"config.json says {theirs} = {value}, which can't be: download it "
                              "again." if name in given else f"{name} = {value} can't be: it is "
                              "damaged.")

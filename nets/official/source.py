@@ -62,13 +62,14 @@ class Part:
     origin: str  # file and prefix, for messages
     tensors: dict
     settings: dict = field(default_factory=dict)  # content of config.json
+    network: tuple = ()  # (layout, tables for `sizes`, constructor) of one not in NETWORKS
 
 
 @dataclass
 class Source:
     """The networks that `open_source` found in a file or folder."""
 
-    kind: str  # "sd2", "stage1", "stage2", "denoise" or "dinov2"
+    kind: str  # of the model file that it becomes
     layout: str  # in words
     parts: dict  # of Part, by network
     files: dict  # path by name
@@ -88,19 +89,20 @@ def fit(part, dtype=torch.float32):
     """
     # Their names -> ours gives the shapes, the shapes give the sizes, the sizes give our network.
     # Then each of its tensors, our name -> theirs, is fetched: ours may join several of theirs.
-    layout = layouts.choose(part.net, part.tensors)
+    layout, tables, constructor = part.network or (
+        layouts.choose(part.net, part.tensors), None, NETWORKS[part.net])
     ours = {name: layouts.our_name(name, layout) for name in part.tensors}
     shapes = {ours[name]: tuple(tensor.shape) for name, tensor in part.tensors.items()
               if ours[name]}
     try:
-        found = sizes(part.net, shapes, part.settings)
+        found = sizes(part.net, shapes, part.settings, tables)
     except KeyError as error:
         raise mismatch(part.origin, missing=layouts.their_names(error.args[0], layout)) from None
     except ValueError as error:
         raise ValueError(f"{part.origin}: {error}") from None
     try:
         with torch.device("meta"):
-            expected = NETWORKS[part.net](**found).state_dict()
+            expected = constructor(**found).state_dict()
     except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError,
             AttributeError) as error:
         raise ValueError(f"{part.origin}: its tensors or its config.json describe no network that "
@@ -161,12 +163,15 @@ def without_kernel(shape):
 # -------------------------------------------------------------------------------- finding the parts
 
 
-def open_source(path):
-    """Finds the networks in a file or folder by its tensors' names; ValueError if there is none."""
+def open_source(path, others=None):
+    """Finds the networks in a file or folder by its tensors' names; ValueError if there is none.
+
+    others(file, tensors): the Source of a network that is not known here, or None.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: give a local file or folder of Stable "
-                                "Diffusion 2 or DINOv2.")
+                                "Diffusion 2 or of an encoder.")
     is_config = path.suffix == ".json" and ".index" not in path.name
     if path.is_file() and (is_config or re.search(r"-\d+-of-\d+\.", path.name)):
         path = path.parent  # the file is a config.json or one shard: open its folder
@@ -177,6 +182,8 @@ def open_source(path):
         raise ValueError(one_of_three(path))
     file = only_file(path) or weights_file(path, *STEMS) if path.is_dir() else path
     tensors = read_tensors(file)
+    if others and (found := others(file, tensors)):
+        return found
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         return open_single_file(file, tensors)
     if any(name.endswith(("pos_embed", "embeddings.position_embeddings")) for name in tensors):
@@ -185,8 +192,8 @@ def open_source(path):
             name.startswith(("down_blocks.", "encoder.down_blocks.", "text_model.",
                              "embeddings.token_embedding.")) for name in tensors):
         raise ValueError(one_of_three(path))
-    raise ValueError(f"{path} is neither Stable Diffusion 2 nor DINOv2 (its first tensor is "
-                     f"{min(tensors, default='missing')}); {likely_cause(tensors)}.")
+    raise ValueError(f"{path} is neither Stable Diffusion 2 nor DINOv2 or another teacher (its "
+                     f"first tensor: {min(tensors, default='missing')}); {likely_cause(tensors)}.")
 
 
 def only_file(folder):

@@ -148,7 +148,7 @@ def commands(data, steps):
               "--save-every", 5, "--validate-every", 10**6, "--validate-images", 1, "--workers", 1,
               "--lr", 1e-4, "--warmup", 5, "--log-every", 1]
     return {
-        "stage 1": ["train_stage1.py", "--sd2", "weights/miniature_sd2.safetensors", "--dinov2",
+        "stage 1": ["train_stage1.py", "--sd2", "weights/miniature_sd2.safetensors", "--teacher",
                     "weights/miniature_dinov2.safetensors", *common],
         "stage 2": ["train_stage2.py", "--ckpt", "weights/miniature.safetensors", *common],
     }

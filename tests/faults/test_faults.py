@@ -36,7 +36,7 @@ torch.optim.Adam.step = keep
 
 
 def stage1(files, *options):
-    return ["train_stage1.py", "--sd2", files / "sd2.safetensors", "--dinov2",
+    return ["train_stage1.py", "--sd2", files / "sd2.safetensors", "--teacher",
             files / "dinov2.safetensors", "--data", files / "pairs", *RUN, *options]
 
 
