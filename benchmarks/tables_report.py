@@ -41,13 +41,13 @@ def write_report(content, docs):
 HEAD = """# The paper's tables, in miniature
 
 Written by `python -m benchmarks.tables` from `docs/tables/results.json`; no number here is typed by
-hand. Each row trains for about {minutes} minutes of one core ({steps} steps of 8 samples), from the
-same pre-trained models, and is scored on rendered scenes that no pre-training has seen:
-{scenes[val]} frames of rooms, {scenes[streets_val]} of streets. AbsRel, delta1 and boundary F1 are
-means over images and seeds, in per cent; ± is the standard deviation over seeds. Differences are
-to the first row, paired by image and seed, with 95 % intervals (bootstrap over images, Student's t
-over seeds). The paper's figures stand beside ours: AbsRel of KITTI (compared with our streets), F1 of Hypersim (with our
-rooms). The miniature is a toy: what it can tell is whether a difference has the paper's sign.
+hand. Each row trains for about {minutes} minutes of one core ({steps[stage1]} steps of 8 samples in
+stage 1 and its like, {steps[stage2]} in stage 2), from the same pre-trained models, and is scored
+on rendered scenes that no pre-training has seen: {scenes[val]} frames of rooms and
+{scenes[streets_val]} of streets. AbsRel and boundary F1 are means over images and seeds, in per
+cent; ± is the standard deviation over seeds. Differences are to the first row, paired by image and
+seed, with 95 % intervals (bootstrap over images, Student's t over seeds). The paper's figures stand
+beside ours: AbsRel of KITTI (compared with our streets), F1 of Hypersim (with our rooms). The miniature is a toy: what it can tell is whether a difference has the paper's sign.
 """
 
 
