@@ -47,7 +47,8 @@ on rendered scenes that no pre-training has seen: {scenes[val]} frames of rooms 
 {scenes[streets_val]} of streets. AbsRel and boundary F1 are means over images and seeds, in per
 cent; ± is the standard deviation over seeds. Differences are to the first row, paired by image and
 seed, with 95 % intervals (bootstrap over images, Student's t over seeds). The paper's figures stand
-beside ours: AbsRel of KITTI (compared with our streets), F1 of Hypersim (with our rooms). The miniature is a toy: what it can tell is whether a difference has the paper's sign.
+beside ours: AbsRel of KITTI (compared with our streets), F1 of Hypersim (with our rooms). The
+miniature is a toy: what it can tell is whether a difference has the paper's sign.
 """
 
 

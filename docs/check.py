@@ -26,12 +26,13 @@ from nets.depthmaster import DepthMaster
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("quickstart", "own-data", "hypersim", "metres", "formats", "memory", "reproduce",
-         "reading", "faq", "clusters")
+         "tables", "reading", "faq", "clusters")
 LIMIT = 300  # seconds that a command may take
 SHORT = ("--steps 2 --batch 2 --micro-batch 1 --workers 0 --warmup 1 --validate-images 2 "
          "--size 96 128 --vkitti-crop 96 336 --device cpu")
-OPTIONS = {"train_stage1.py": SHORT, "train_stage2.py": SHORT,
-           "evaluate.py": "--limit 2 --workers 0 --device cpu"}
+OPTIONS = {"train_stage1.py": SHORT, "train_stage2.py": SHORT, "extras.train_denoising": SHORT,
+           "evaluate.py": "--limit 2 --workers 0 --device cpu",
+           "--paradigm denoise": "--denoise-steps 2 --ensemble 2"}
 INSTEAD = {"--nproc_per_node 8": "--nproc_per_node 2", "--processing-res 0": "--processing-res 96"}
 
 

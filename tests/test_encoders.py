@@ -254,7 +254,7 @@ def test_the_old_option_and_the_runs_that_were_begun_with_it(files, tmp_path, mo
 
 def test_a_teacher_of_another_kind(files, tmp_path, monkeypatch):
     assert isinstance(train_stage1.open_teacher(files / "dinov2.safetensors", None), DINOv2)
-    with pytest.raises(ValueError, match="holds a sd2 model, but what is needed here is dinov2"):
+    with pytest.raises(ValueError, match="holds a sd2 model .*, but what is needed here is "):
         train(monkeypatch, files, tmp_path, "--teacher", files / "sd2.safetensors")
     with pytest.raises(FileNotFoundError, match="nowhere.safetensors is not there: get DINOv2's"):
         train(monkeypatch, files, tmp_path, "--teacher", "nowhere.safetensors")
