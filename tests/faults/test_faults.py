@@ -73,7 +73,7 @@ def undisturbed(files, tmp_path_factory):
     return rows
 
 
-@pytest.mark.parametrize("ranks, micro, workers", [(2, 2, 3), (4, 1, 0)])
+@pytest.mark.parametrize("ranks, micro, workers", [(2, 2, 1)])
 def test_losses_do_not_depend_on_ranks_nor_on_a_change_of_them(files, undisturbed, tmp_path, ranks,
                                                                micro, workers):
     out = tmp_path / "run"
