@@ -377,8 +377,8 @@ def test_endings_that_are_swapped_in_a_folder(tmp_path, source, converted):
     assert_same(source, converted, tmp_path / "out.safetensors")
 
 
-@pytest.mark.parametrize("name", ["v2-1.safetensors", "v2-1.ckpt", "v2-1"])
-@pytest.mark.parametrize("pickled", [True, False])
+@pytest.mark.parametrize("name, pickled", [("v2-1.safetensors", True), ("v2-1.ckpt", False),
+                                           ("v2-1", True)])
 def test_single_files_by_any_name(tmp_path, name, pickled):
     write_tensors(tmp_path / f"a.{'ckpt' if pickled else 'safetensors'}", single_file_tensors())
     next(tmp_path.glob("a.*")).rename(tmp_path / name)

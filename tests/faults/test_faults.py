@@ -49,7 +49,7 @@ def stage2(files, *options):
 def test_a_run_that_is_killed_again_and_again_ends_the_same(files, tmp_path, stage):
     code, said = finish([*stage(files), "--out", tmp_path / "whole"])
     assert code == 0, said
-    kill_at_random(stage(files), tmp_path / "cut", 4, 3, random.Random(0))
+    kill_at_random(stage(files), tmp_path / "cut", 3, 3, random.Random(0))
     whole, cut = (sha256(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole == cut
 
@@ -97,7 +97,7 @@ def gradient(command, folder, ranks, *options):
 
 
 @pytest.mark.parametrize("stage, cuts", [
-    (stage1, [(1, 1, 3), (2, 2, 0), (4, 1, 0)]), (stage2, [(2, 2, 0)]),
+    (stage1, [(1, 1, 3), (2, 2, 0)]), (stage2, [(4, 1, 0)]),
 ])
 def test_gradients_do_not_depend_on_the_cut(files, streets, tmp_path, stage, cuts):
     """With this seed one of the four samples is a street, of another size than the others.
