@@ -106,8 +106,8 @@ def assemble(source, path, dtype):
     kind = DepthMaster
     if source.kind == "denoise":
         from extras.denoising import Denoiser as kind, schedule_of
-        schedule = source.files.get(str(SCHEDULER))
-        settings["schedule"] = schedule_of(read_json(schedule), schedule) if schedule else {}
+        file = source.files[str(SCHEDULER)]
+        settings["schedule"] = schedule_of(read_json(file), file)
     with torch.device("meta"):
         model = kind(vae=vae_sizes, unet=unet_sizes, **settings)
     model.load_state_dict(tensors, assign=True)

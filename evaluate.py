@@ -83,8 +83,8 @@ def options():
     add("--paradigm", choices=PARADIGMS, default="single", help="Table II; iterative: four passes, "
         "each on the last one's output; i2l: the truth through the autoencoder; denoise: as "
         "Marigold, passes and maps as below (%(default)s)")
-    add("--denoise-steps", type=terminal.positive, default=50, help="passes (%(default)s)")
-    add("--ensemble", type=terminal.positive, default=10, help="maps to combine (%(default)s)")
+    add("--denoise-steps", type=terminal.positive, help="passes (50)")
+    add("--ensemble", type=terminal.positive, help="maps to combine (10)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="float32",
         help="of the model (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
@@ -93,6 +93,8 @@ def options():
     args = parser.parse_args()
     if args.predictions and args.paradigm != "single":
         parser.error("--paradigm is about a model (--ckpt), not about saved predictions")
+    if args.paradigm != "denoise" and (args.denoise_steps or args.ensemble):
+        parser.error("--ensemble and --denoise-steps are for --paradigm denoise")
     if args.align in metrics.METRIC and not args.predictions:
         parser.error(f"--align {args.align} is for saved predictions (--predictions)")
     return args
@@ -232,14 +234,16 @@ def main():
     args.precision, why = job.agreed(choose(args.precision, ranks.device))
     say(why)
 
-    model = None
+    model, paradigm = None, args.paradigm
     if not args.predictions:
         before = identity(ckpt) if ckpt.is_file() else None
         kind = DepthMaster
         if args.paradigm == "denoise":
             from extras.denoising import Denoiser as kind
         model = kind.from_file(ckpt, ranks.device, getattr(torch, args.precision))
-        model.steps, model.ensemble = args.denoise_steps, args.ensemble
+        if args.paradigm == "denoise":
+            model.steps, model.ensemble = args.denoise_steps or 50, args.ensemble or 10
+            paradigm = f"denoise, {model.steps} passes x {model.ensemble}"
         if model.kind == "sd2":
             say(f"warning: {ckpt} was never trained for depth; its scores mean nothing.")
         model.for_inference(ranks.device, args.precision, PARADIGMS[args.paradigm])
@@ -259,9 +263,7 @@ def main():
         "exif", "vkitti_crop", "hypersim_split")}
     if model:
         settings |= {name: str(getattr(args, name)) for name in (
-            "precision", "paradigm", "processing_res")} | {"batch": str(batch)}
-        if args.paradigm == "denoise":
-            settings |= {"passes": f"{args.denoise_steps} x {args.ensemble}"}
+            "precision", "processing_res")} | {"batch": str(batch), "paradigm": paradigm}
         settings |= state_of_weights(ckpt, before)
     else:
         settings |= state_of_predictions(args.predictions, keys, metric)
@@ -310,7 +312,7 @@ def main():
             found = summarise(rows, spaces, reader.expected, len(images), args.limit)
             results[name] = found | dict(
                 processing_res=longest, precision=model and str(model.dtype).split(".")[1],
-                paradigm=args.paradigm if model else None, align=args.align,
+                paradigm=paradigm if model else None, align=args.align,
                 align_negative=args.align_negative, f1_mask=args.f1_mask)
             write_metrics(args.out, results)  # after each set: a later set may fail
         job.wait()  # merge removes the ranks' files before they write the next set's rows

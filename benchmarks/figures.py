@@ -15,7 +15,7 @@ import torch
 
 from data.files import write_png
 from data.sources import BENCHMARKS, find_benchmarks, locate, open_benchmark
-from data.transforms import TARGETS, BadSample, normalise_target
+from data.transforms import KITTI_CROP, TARGETS, BadSample, normalise_target
 from engine import job
 from engine.terminal import say
 from evaluation.pictures import colourise, labelled, nearness
@@ -113,13 +113,16 @@ def main():
     add("--stage2", type=Path, help="model after stage 2")
     add("--denoising", type=Path, help="model of extras.train_denoising")
     add("--scenes", type=Path, required=True, help="folder of hypersim/, vkitti/, pairs/")
-    add("--vkitti-crop", type=int, nargs=2, default=(96, 336), help="(96 336)")
+    add("--vkitti-crop", type=int, nargs=2, default=KITTI_CROP, help="(352 1216)")
     add("--denoise-steps", type=int, default=10, help="(%(default)s)")
     add("--ensemble", type=int, default=3, help="(%(default)s)")
     add("--out", type=Path, default=Path("docs/tables"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in find_benchmarks(args.scenes) if name in NAMES]
+    if not names:
+        raise ValueError(f"{args.scenes} holds none of hypersim/, vkitti/ and pairs/: give the "
+                         "folder above them.")
     readers = {name: open_benchmark(name, locate(name, args.scenes, alone=False),
                                     tuple(args.vkitti_crop)) for name in names}
     draw_targets(readers, args.out)

@@ -14,16 +14,19 @@ class Model(NamedTuple):
     kind: str  # "stage1", "denoising", "stage2" or "more" (stage 1 again, the control)
     options: str = ""
     variant: str = ""
-    cache: str = ""  # name of the cache that it shares
 
 
 class Entry(NamedTuple):
-    """A row of a table. paper: {score: published figure}, AbsRel of KITTI and F1 of Hypersim."""
+    """A row of a table. paper: {score: published figure}, AbsRel of KITTI and F1 of Hypersim.
+
+    unequal: why it can't be compared with the others in miniature, if so.
+    """
 
     label: str
     model: str
     options: str = ""  # of evaluate.py
     paper: dict = {}
+    unequal: str = ""
 
 
 STAGE1 = "train_stage1.py --sd2 {sd2}"
@@ -36,39 +39,38 @@ KINDS = {
 ALONE = "--align-weight 0"
 WITH = "--teacher {dinov2}"
 MODELS = {
-    "depth": Model("stage1", f"{ALONE} --target depth", cache="depth"),
-    "disparity": Model("stage1", f"{ALONE} --target disparity", cache="disparity"),
-    "square_root": Model("stage1", ALONE, cache="square_root"),
-    "denoising": Model("denoising", cache="depth"),
-    "down1": Model("stage1", f"{WITH} --align-at down1", cache="down1"),
-    "down2": Model("stage1", f"{WITH} --align-at down2", cache="down2"),
-    "middle": Model("stage1", WITH, cache="middle"),
-    "control": Model("more", cache="control"),
+    "depth": Model("stage1", f"{ALONE} --target depth"),
+    "disparity": Model("stage1", f"{ALONE} --target disparity"),
+    "square_root": Model("stage1", ALONE),
+    "denoising": Model("denoising"),
+    "down1": Model("stage1", f"{WITH} --align-at down1"),
+    "down2": Model("stage1", f"{WITH} --align-at down2"),
+    "middle": Model("stage1", WITH),
+    "control": Model("more"),
     "one_stage": Model("stage2", "--ckpt {sd2}"),
     "pixel": Model("stage2", "--gradient-weight 0 --fourier off"),
     "gradient": Model("stage2", "--fourier off"),
     "full": Model("stage2"),
-    "as_dinov2": Model("stage1", "--teacher {teachers}/dinov2{size_dinov2}.safetensors",
-                       cache="as_dinov2"),
-    "as_openclip": Model("stage1", "--teacher {teachers}/openclip{size_openclip}.safetensors",
-                         cache="as_openclip"),
-    "as_aimv2": Model("stage1", "--teacher {teachers}/aimv2{size_aimv2}.safetensors",
-                      cache="as_aimv2"),
-    "as_sam": Model("stage1", "--teacher {teachers}/sam{size_sam}.safetensors", cache="as_sam"),
-    "cosine": Model("stage1", f"{WITH} --align-loss cosine", cache="middle"),
+    "as_dinov2": Model("stage1", "--teacher {teachers}/dinov2{size_dinov2}.safetensors"),
+    "as_openclip": Model("stage1", "--teacher {teachers}/openclip{size_openclip}.safetensors"),
+    "as_aimv2": Model("stage1", "--teacher {teachers}/aimv2{size_aimv2}.safetensors"),
+    "as_sam": Model("stage1", "--teacher {teachers}/sam{size_sam}.safetensors"),
+    "cosine": Model("stage1", f"{WITH} --align-loss cosine"),
     "identity": Model("stage2", "--fourier-init identity"),
     "plain_convolutions": Model("stage2", variant="plain_convolutions"),
     "zero_filled": Model("stage2", variant="zero_filled"),
-    "power_1_3": Model("stage1", ALONE, "power_1_3", cache="power_1_3"),
-    "power_2_3": Model("stage1", ALONE, "power_2_3", cache="power_2_3"),
-    "log": Model("stage1", ALONE, "log", cache="log"),
-    "neighbours": Model("stage1", ALONE, "filled_with_neighbours", cache="neighbours"),
+    "power_1_3": Model("stage1", ALONE, "power_1_3"),
+    "power_2_3": Model("stage1", ALONE, "power_2_3"),
+    "log": Model("stage1", ALONE, "log"),
+    "neighbours": Model("stage1", ALONE, "filled_with_neighbours"),
     "bfloat16": Model("stage2", "--precision bfloat16"),
     "last_bfloat16": Model("stage2", "--precision bfloat16", "last_convolution_in_bfloat16"),
 }
 SCORES = {"abs_rel": "AbsRel", "boundary_f1": "F1"}
 DENOISE = "--paradigm denoise {denoise}"
 
+# Examined causes of disagreements, by table; they come into docs/tables.md.
+CAUSES = {}
 # The first entry of a table is the one that the others are compared with.
 TABLES = {
     "I": ("The whole method", [
@@ -88,12 +90,13 @@ TABLES = {
         Entry("square-root disparity", "square_root", "", {"abs_rel": 0.087, "boundary_f1": 0.306}),
         Entry("disparity", "disparity", "", {"abs_rel": 0.089}),
         Entry("depth", "depth", "", {"abs_rel": 0.103, "boundary_f1": 0.304}),
-        *(Entry(f"{label}, aligned as {space.replace('_', '-')}", model, f"--align {space}")
-          for model, label in (("square_root", "square-root disparity"),
-                               ("disparity", "disparity"), ("depth", "depth"))
-          for space in ("sqrt_disparity", "disparity", "depth")
-          if space != {"square_root": "sqrt_disparity"}.get(model, model)),
     ]),
+    **{f"III: in {space}": (f"Targets, all aligned in {space.replace('_', ' ')}", [
+        Entry(label, model, "" if space == own else f"--align {space}")
+        for label, model, own in (("square-root disparity", "square_root", "sqrt_disparity"),
+                                  ("disparity", "disparity", "disparity"),
+                                  ("depth", "depth", "depth"))])
+       for space in ("sqrt_disparity", "disparity", "depth")},
     "IV": ("Encoders", [
         Entry("none", "square_root", "", {"abs_rel": 0.087, "boundary_f1": 0.306}),
         Entry("DINOv2", "as_dinov2", "", {"abs_rel": 0.083, "boundary_f1": 0.309}),
@@ -108,9 +111,9 @@ TABLES = {
         Entry("middle block", "middle", "", {"abs_rel": 0.083, "boundary_f1": 0.309}),
     ]),
     "VI": ("Detail", [
-        Entry("stage 1 for as long (control)", "control", "",
-              {"abs_rel": 0.083, "boundary_f1": 0.309}),
-        Entry("one stage: stage 2 from Stable Diffusion", "one_stage"),
+        Entry("stage 1 for as long (control)", "control"),
+        Entry("one stage: stage 2 from Stable Diffusion", "one_stage", unequal="it begins from the "
+              "base, the others from a stage 1 that was trained for long before"),
         Entry("pixel loss", "pixel"),
         Entry("pixel and gradient loss", "gradient", "", {"abs_rel": 0.084, "boundary_f1": 0.330}),
         Entry("pixel and gradient loss, Fourier block", "full", "",
@@ -148,7 +151,6 @@ class Scale:
     options: dict  # kind: options of its training runs
     evaluation: str
     start: str = ""  # the model that stage 2 begins with
-    caches: str = ""
     notes: dict = field(default_factory=dict)  # kind: hours and memory, in words
     same: dict = field(default_factory=dict)  # models that are others at this scale
 
@@ -156,11 +158,9 @@ class Scale:
 def training(name, scale, seed, out):
     """The words of the command that trains a model, after `python`."""
     model = MODELS[name]
-    words = f"{KINDS[model.kind]} {model.options} {scale.options[model.kind]}"
+    words = f"{KINDS[model.kind]} {scale.options[model.kind]} {model.options}"
     if model.variant:
         words = f"-m benchmarks.variants {model.variant} {words}"
-    if model.cache and scale.caches:
-        words += f" --cache {scale.caches}/{model.cache}"
     return f"{words} --seed {seed} --out {out}".format(**scale.words).split()
 
 
@@ -176,6 +176,3 @@ def scoring(entry, scale, ckpt, out):
 def key(entry):
     """The name of a row's scores: equal rows of two tables have one."""
     return f"{entry.model} {entry.options}".strip()
-
-# Examined causes of disagreements, by table; they come into docs/tables.md.
-CAUSES = {}

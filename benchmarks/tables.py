@@ -9,7 +9,8 @@ In miniature all rows start from the same pre-trained models, and rows of one ta
 as long, on the same rendered scenes; no pre-training has seen the scenes that are scored. Each
 seed of each row is kept in docs/tables/results.json when it is done, so that the same command goes
 on after an interruption; docs/tables.md is written from that file alone. --scale night trains four
-times as long. Steps and sizes are fixed here, before the seeds are run.
+times as long, and writes into the folder of the runs. Steps and sizes are fixed here, before the
+seeds are run.
 """
 
 import argparse
@@ -26,23 +27,29 @@ from threading import Lock
 
 from benchmarks.rows import MODELS, TABLES, Scale, key, scoring, training
 from benchmarks.tables_report import write_report
-from engine import job
+from data.pairs import FolderOfPairs
+from engine import job, run_folder
 from engine.terminal import say
 from storage import read_text, write_text
 
 SCENES = dict(train=640, val=140, streets_train=60, streets_val=60)
-# Steps of 8 samples that took about two and a half minutes of one core: 16 samples a second of
-# stage 1 and of denoising from their cache, 3.8 of stage 2.
-STEPS = {"stage1": 300, "denoising": 300, "more": 300, "stage2": 72}
-RATES = {"stage1": 1e-3, "denoising": 1e-3, "more": 1e-4, "stage2": 1e-4}
+# Steps that take about two and a half minutes of one core: 16 samples a second of stage 1 and of
+# denoising from their cache, 3.8 of stage 2. Chosen on the row "square_root" alone, seed 0: AbsRel
+# of rooms was 24.5 with 300 steps of 8 (rate 1e-3), 23.4 with 600 of 4 (7e-4), 24.4 (1.4e-3).
+BATCH = 4
+STEPS = {"stage1": 600, "denoising": 600, "more": 600, "stage2": 144}
+RATES = {"stage1": 7e-4, "denoising": 7e-4, "more": 1e-4, "stage2": 1e-4}
 TEACHER_STEPS = 600
-COMMON = ("--data {scenes}/hypersim --vkitti {scenes}/vkitti --vkitti-crop 96 336 --batch 8 "
-          "--micro-batch 8 --warmup 20 --workers 0 --log-every 10 --validate-every 1000000 "
-          "--validate-images 1 --save-every 1000000 --device cpu")
+COMMON = ("--data {scenes}/hypersim --vkitti {scenes}/vkitti --vkitti-crop 96 336 "
+          f"--batch {BATCH} --micro-batch {BATCH} --warmup 20 --workers 0 --log-every 10 "
+          "--validate-every 1000000 --validate-images 1 --save-every 1000000 --device cpu --precision float32")
 # One thread; freed memory is kept, because asking the system for it again takes time.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
                "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 KEPT = ("abs_rel", "delta1", "boundary_f1")
+# The paper's seconds a picture, by a word of evaluate.py's options (else 0.42), and its pictures.
+SECONDS, IMAGES = {"denoise": 12.91, "iterative": 0.83}, 654 + 652 + 454 + 800 + 771
+HYPERSIM = "--data {root} --datasets hypersim --f1-mask owner --limit 80"
 DOCS = Path("docs")
 
 
@@ -52,8 +59,8 @@ def options():
     add = parser.add_argument
     add("--table", nargs="+", default=["all"], choices=[*TABLES, "open", "all"], help="(all)")
     add("--scale", choices=["miniature", "night", "full"], default="miniature", help="(miniature)")
-    add("--seeds", type=int, default=3, choices=range(1, 7), help="(%(default)s)")
-    add("--real", type=Path, help="a folder of pairs to score on, too (rgb/, depth/)")
+    add("--seeds", type=int, choices=range(1, 7), help="(3; at full scale 1)")
+    add("--real", type=Path, help="in miniature: a folder of pairs to score on, too (rgb/, depth/)")
     add("--runs", type=Path, default=Path("runs/tables"), help="folder of the runs (%(default)s)")
     add("--report", action="store_true", help="only write docs/tables.md from what is there")
     add("--run", action="store_true", help="at full scale: run what is printed")
@@ -77,22 +84,24 @@ def miniature(runs, steps_times, real):
     steps = {kind: count * steps_times for kind, count in STEPS.items()}
     common = {kind: f"{COMMON} --steps {count} --decay-steps {count} --lr {RATES[kind]}"
               for kind, count in steps.items()}
-    precision = {kind: f"--precision float32 {words}" for kind, words in common.items()}
+    for kind in ("stage1", "denoising", "more"):
+        common[kind] += " --cache {cache}"
     words = dict(
+        cache=runs / "cache",
         sd2="weights/miniature_sd2.safetensors", dinov2="weights/miniature_dinov2.safetensors",
         stage1="weights/miniature.safetensors", teachers=runs / "teachers", scenes=runs / "scenes",
         denoise="--denoise-steps 10 --ensemble 3", size_dinov2="", size_openclip="", size_aimv2="",
         size_sam="")
     sets = "--data {scenes} --datasets hypersim vkitti" + " pairs" * bool(real)
     sets += " --vkitti-crop 96 336 --workers 0"
-    return Scale(words, precision, f"{sets} --device cpu", words["stage1"], str(runs / "cache"))
+    return Scale(words, common, f"{sets} --device cpu", words["stage1"])
 
 
-def full(data, vkitti, root):
+def full(data, vkitti, root, runs):
     """The Scale of the paper: its steps and rates are the scripts' defaults."""
     words = dict(
         sd2="weights/sd2.safetensors", dinov2="weights/dinov2_vitg14.safetensors",
-        stage1="runs/full/middle/0/model.safetensors", teachers="weights", data=data,
+        stage1=runs / "full/middle/0/model.safetensors", teachers="weights", data=data,
         vkitti=vkitti, root=root, denoise="--denoise-steps 50 --ensemble 10",
         size_dinov2="_vitg14", size_openclip="_vith14", size_aimv2="_large14", size_sam="_vith16")
     train = "--data {data} --vkitti {vkitti}"
@@ -100,10 +109,10 @@ def full(data, vkitti, root):
     # The paper's hours on one H800; the work of a step is the same for all rows of a kind.
     notes = {"stage1": f"30 h, {memory['stage 1']} GB", "stage2": f"30 h, {memory['stage 2']} GB",
              "more": f"30 h, {memory['stage 1']} GB", "denoising": "30 h, as stage 1"}
-    more = f"{train} --steps 10000 --lr 3e-6"
-    return Scale(words, {kind: more if kind == "more" else train for kind in notes},
-                 "--data {root}", words["stage1"], "runs/full/cache", notes,
-                 {"as_dinov2": "middle", "start": "middle"})
+    same = {"as_dinov2": "middle", "start": "middle", "bfloat16": "full"}
+    return Scale(words, {kind: train + " --lr 3e-6" * (kind == "more") for kind in notes},
+                 "--data {root} --datasets nyu kitti eth3d scannet diode", words["stage1"], notes,
+                 same)
 
 
 def memory_of_stages():
@@ -113,25 +122,35 @@ def memory_of_stages():
     return {stage: cells.split("|")[3].strip() for stage, cells in rows}
 
 
-def print_full(tables, scale, run):
+def print_full(tables, scale, seeds, folder, run):
     """Prints the commands of a scale in order, with hours and memory; run: runs each, too."""
-    trained, scored, out = set(), set(), Path("runs/full")
+    done = set()
     for number, (title, entries) in tables.items():
         say(f"# Table {number}: {title}" if ":" not in number else f"# {title}")
-        needed = [entry.model for entry in entries if entry.model in MODELS]
+        entries = [entry._replace(model=scale.same.get(entry.model, entry.model))
+                   for entry in entries]
+        needed = [entry.model for entry in entries]
         if any(MODELS[name].kind in ("stage2", "more") for name in needed):
             needed.insert(0, "middle")  # stage 1, where stage 2 begins
-        for name in (scale.same.get(name, name) for name in needed):
-            if name not in trained:
-                trained.add(name)
-                words = training(name, scale, 0, out / name / "0")
-                command(words, run, scale.notes[MODELS[name].kind])
-        for entry in entries:
-            entry = entry._replace(model=scale.same.get(entry.model, entry.model))
-            if key(entry) not in scored:
-                scored.add(key(entry))
-                ckpt = out / entry.model / "0" / "model.safetensors"
-                command(scoring(entry, scale, ckpt, out / "scores" / slug(entry)), run)
+        for seed in range(seeds):
+            for name in needed:
+                if (name, seed) not in done:
+                    done.add((name, seed))
+                    command(training(name, scale, seed, folder / name / str(seed)), run,
+                            scale.notes[MODELS[name].kind])
+            for entry in entries:
+                if (key(entry), "scores", seed) not in done:
+                    done.add((key(entry), "scores", seed))
+                    print_scoring(entry, scale, folder / entry.model / str(seed), run)
+
+
+def print_scoring(entry, scale, folder, run):
+    """The two commands that score a row: on the five sets, and F1 as the paper's on Hypersim."""
+    ckpt, out = folder / "model.safetensors", folder / f"scores_{slug(entry)}"
+    seconds = next((value for word, value in SECONDS.items() if word in entry.options), 0.42)
+    command(scoring(entry, scale, ckpt, out), run, f"{seconds * IMAGES / 3600:.1f} h")
+    words = scoring(entry, Scale(scale.words, {}, HYPERSIM), ckpt, f"{out}_hypersim")
+    command(words, run, f"{seconds * 80 / 3600:.2f} h; which 80 images the paper took is unknown")
 
 
 def command(words, run, note=""):
@@ -159,7 +178,7 @@ def call(words, log):
 
 
 class Results:
-    """docs/tables/results.json: settings, and per row and seed the scores of each image."""
+    """A JSON file: settings, and per row and seed the scores of each image."""
 
     def __init__(self, path, settings):
         self.path, self.lock = path, Lock()
@@ -167,8 +186,8 @@ class Results:
         if path.exists():
             before = json.loads(read_text(path))
             if before["settings"] != settings:
-                raise ValueError(f"{path} holds rows with other settings: move it away to begin "
-                                 "anew.")
+                raise ValueError(f"{path} holds rows with other settings or other real frames: "
+                                 "move it away to begin anew.")
             self.content = before
 
     def has(self, name, seed):
@@ -201,7 +220,7 @@ def seconds_of(folder):
     steps = [row for row in rows if "samples_per_second" in row]
     counts = [row["step"] - before for row, before in
               zip(steps, [0, *(row["step"] for row in steps)])]
-    return round(sum(8 * count / row["samples_per_second"] for row, count in zip(steps, counts)))
+    return round(sum(BATCH * count / row["samples_per_second"] for row, count in zip(steps, counts)))
 
 
 def run_row(name, entries, seed, scale, args, results):
@@ -210,10 +229,9 @@ def run_row(name, entries, seed, scale, args, results):
     if not todo:
         return
     folder = args.runs / args.scale / name / str(seed)
-    if name == "start":
-        ckpt = scale.start
-    else:
-        ckpt = folder / "model.safetensors"
+    ckpt = scale.start if name == "start" else folder / "model.safetensors"
+    # A model without a checkpoint to resume from was finished: see below.
+    if name != "start" and not (ckpt.exists() and not list(folder.glob("state*.pt"))):
         call(training(name, scale, seed, folder), folder / "train.txt")
     for entry in todo:
         out = folder / f"scores_{slug(entry)}"
@@ -227,9 +245,8 @@ def prepare(args):
     """Renders the scenes, puts the real frames beside them, pre-trains the teachers of Table IV."""
     from miniature import render
     render.ensure(args.runs / "scenes", **SCENES)
-    if args.real:
-        (args.runs / "scenes" / "pairs").unlink(missing_ok=True)
-        (args.runs / "scenes" / "pairs").symlink_to(args.real.absolute())
+    if args.real and not (link := args.runs / "scenes" / "pairs").is_symlink():
+        link.symlink_to(args.real.absolute())
     wanted = chosen_tables(args.table)
     if "IV" in wanted:
         folder = args.runs / "teachers"
@@ -241,34 +258,55 @@ def prepare(args):
                  args.runs / "scenes", "--steps", TEACHER_STEPS], folder / f"{kind}.txt"), kinds))
 
 
-def run_miniature(tables, args, results):
+def run_miniature(tables, args, scale, results):
     """Runs all rows, two at a time, the first seed of all rows first."""
-    scale = miniature(args.runs, 4 if args.scale == "night" else 1, args.real)
+    (args.runs / args.scale).mkdir(parents=True, exist_ok=True)
+    run_folder.claim(args.runs / args.scale)
     prepare(args)
     rows = {}
     for _, entries in tables.values():
         for entry in entries:
             mine = rows.setdefault(entry.model, [])
             mine += [entry] if key(entry) not in map(key, mine) else []
-    todo = [(name, entries, seed) for seed in range(args.seeds) for name, entries in rows.items()
-            if seed == 0 or name != "start"]
+    todo = [(name, entries, seed) for seed in range(args.seeds or 3)
+            for name, entries in rows.items() if seed == 0 or name != "start"]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda row: run_row(*row, scale, args, results), todo))
+
+
+def real_frames(folder):
+    """[name, bytes] of each file of a folder of pairs: two folders are not mixed in one file."""
+    if folder is None:
+        return None
+    reader = FolderOfPairs(folder)
+    return [[reader.name(index), os.path.getsize(reader.root / depth)]
+            for index, (_, depth) in enumerate(reader.pairs)]
 
 
 def main():
     args = options()
     tables = chosen_tables(args.table)
     if args.scale == "full":
-        return print_full(tables, full(args.data, args.vkitti, args.root), args.run)
-    settings = dict(scale=args.scale, scenes=SCENES, steps=STEPS, rates=RATES,
-                    teacher_steps=TEACHER_STEPS)
-    name = "results" if args.scale == "miniature" else args.scale
-    results = Results(DOCS / "tables" / f"{name}.json", settings)
-    if not args.report:
-        run_miniature(tables, args, results)
-    written = write_report(results.content, DOCS)
-    say(f"Written: {written}.")
+        if args.real:
+            raise ValueError("--real is for the miniature: leave it out at full scale.")
+        scale = full(args.data, args.vkitti, args.root, args.runs)
+        return print_full(tables, scale, args.seeds or 1, args.runs / "full", args.run)
+    night = args.scale == "night"
+    times = 4 if night else 1
+    settings = dict(scenes=SCENES, teacher_steps=TEACHER_STEPS, rates=RATES, batch=BATCH,
+                    steps={kind: count * times for kind, count in STEPS.items()},
+                    real=real_frames(args.real))
+    docs = args.runs / "night_docs" if night else DOCS
+    path = docs / "tables" / "results.json"
+    if args.report:
+        if not path.exists():
+            raise ValueError(f"{path} is not there: leave out --report to run the rows first.")
+        content = json.loads(read_text(path))
+    else:
+        results = Results(path, settings)
+        run_miniature(tables, args, miniature(args.runs, times, args.real), results)
+        content = results.content
+    say(f"Written: {write_report(content, docs)}.")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
     python -m benchmarks.variants NAME train_stage1.py --data ...   # any script, with its options
 
-The scripts need not know of them. A model that was trained as a variant is scored as the same one.
+The scripts need not know of them. A model that was trained as a variant is scored as the same one:
+its file does not say that it is one. Readers must be forked or --workers 0, so that they, too, have
+the function.
 """
 
 import runpy
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from data import training_set, transforms
+from data import cache, training_set, transforms
+from engine import run_folder
 from losses import gradient
 from nets import vae
 from nets.fourier import FourierEnhancement
@@ -88,6 +91,14 @@ def last_convolution_in_bfloat16():
     vae.in_float32 = lambda conv, x, padding: F.conv2d(x, conv.weight, conv.bias, padding=padding)
 
 
+def remember(name):
+    """Makes the variant a part of a cache's name, and of the options that a resumed run must have.
+    """
+    fingerprint, decisive = cache.fingerprint, run_folder.decisive
+    cache.fingerprint = lambda settings, files: fingerprint(settings | {"variant": name}, files)
+    run_folder.decisive = lambda options: decisive(options) | {"variant": name}
+
+
 VARIANTS = {
     "power_1_3": partial(power, 1 / 3), "power_2_3": partial(power, 2 / 3),
     "log": partial(power, 0), "plain_convolutions": plain_convolutions,
@@ -99,6 +110,7 @@ def main():
     if len(sys.argv) < 3 or sys.argv[1] not in VARIANTS:
         sys.exit(f"error: give the name of a variant ({', '.join(VARIANTS)}) and a script.")
     VARIANTS[sys.argv[1]]()
+    remember(sys.argv[1])
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

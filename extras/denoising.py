@@ -17,12 +17,18 @@ from nets.depthmaster import DepthMaster, clipped
 
 NOISE_STREAM = 3  # first word of the random streams' keys, see data/sampler.py
 FITS = 10  # rounds in which the maps of an ensemble are aligned to their median
-# Schedule's keywords -> names in diffusers' scheduler_config.json, and what must be as here.
+# Schedule's keywords -> names in diffusers' scheduler_config.json; what must be as here; and what
+# a file means that does not say it.
 SETTINGS = {"steps": "num_train_timesteps", "start": "beta_start", "end": "beta_end",
             "spacing": "timestep_spacing", "offset": "steps_offset",
             "zero_snr": "rescale_betas_zero_snr", "end_at_one": "set_alpha_to_one"}
-FIXED = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "clip_sample": False,
-         "thresholding": False, "trained_betas": None}
+FIXED = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction",
+         "beta_schedule": "scaled_linear", "clip_sample": False, "thresholding": False,
+         "trained_betas": None}
+UNSAID = {"_class_name": None, "prediction_type": "epsilon", "beta_schedule": "linear",
+          "clip_sample": True, "num_train_timesteps": 1000, "beta_start": 0.0001,
+          "beta_end": 0.02, "timestep_spacing": "leading", "steps_offset": 0,
+          "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
 
 
 class Schedule:
@@ -46,7 +52,10 @@ class Schedule:
         self.last = 1.0 if end_at_one else self.alphas[0]
 
     def timesteps(self, count):
-        """The `count` time steps of a prediction, from noise to picture."""
+        """The `count` time steps of a prediction, from noise to picture. ValueError: too many."""
+        if count > self.steps:
+            raise ValueError(f"{count} passes are asked for, but there are {self.steps} time "
+                             "steps: choose a smaller --denoise-steps.")
         if self.spacing == "trailing":
             return (np.round(np.arange(self.steps, 0, -self.steps / count)) - 1).astype(int)
         return np.arange(count)[::-1] * (self.steps // count) + self.offset
@@ -81,6 +90,9 @@ class Denoiser(DepthMaster):
         self.config["schedule"] = dict(schedule or {})
         self.schedule = Schedule(**self.config["schedule"])
         self.steps, self.ensemble, self.seed = 1, 1, 0
+
+    def schedule_keywords(self):
+        return Schedule.__init__.__kwdefaults__ | self.config["schedule"]
 
     @classmethod
     def from_sd2(cls, path, target, train_size=None):
@@ -145,7 +157,7 @@ def drawn_noise(seed, place, shape, steps, strength):
     stream = random_stream(seed, NOISE_STREAM, place)
     t = int(stream.integers(steps))
     strength, (channels, *size) = strength * t / steps, shape
-    noise, part = torch.zeros(shape), list(size)
+    noise, part = torch.from_numpy(stream.standard_normal(shape, np.float32)), list(size)
     for number in range(10):
         shrink = (2 + 2 * stream.random()) ** number
         part = [max(1, int(side / shrink)) for side in part]
@@ -161,11 +173,12 @@ def drawn_noise(seed, place, shape, steps, strength):
 
 def schedule_of(settings, file):
     """The keywords of Schedule in a scheduler_config.json. ValueError if it is of another kind."""
+    settings = UNSAID | settings
     for name, value in FIXED.items():
         if settings.get(name, value) != value:
-            raise ValueError(f"{file} says {name} = {settings[name]}, but what is computed here "
+            raise ValueError(f"{file} means {name} = {settings[name]}, but what is computed here "
                              f"needs {value}: it is another kind of model.")
-    found = {ours: settings[theirs] for ours, theirs in SETTINGS.items() if theirs in settings}
+    found = {ours: settings[theirs] for ours, theirs in SETTINGS.items()}
     try:
         Schedule(**found)
     except (TypeError, ValueError) as error:
@@ -175,7 +188,6 @@ def schedule_of(settings, file):
 
 def scheduler_config(model):
     """{relative path: content} of the file that says a Denoiser's schedule to diffusers."""
-    keywords = Schedule.__init__.__kwdefaults__ | model.config["schedule"]
-    content = {SETTINGS[name]: value for name, value in keywords.items()}
+    content = {SETTINGS[name]: value for name, value in model.schedule_keywords().items()}
     return {Path("scheduler", "scheduler_config.json"):
-            {"_class_name": "DDIMScheduler", **FIXED, **content}}
+            FIXED | content}

@@ -79,7 +79,7 @@ class Denoising(nn.Module):
 
 def options():
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__,
+        usage="python -m extras.train_denoising [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("denoising").add_argument
     add("--sd2", type=Path, default=Path("weights/sd2.safetensors"),
@@ -110,6 +110,8 @@ def main():
     if not (args.data or args.vkitti):
         from miniature.embedded import stand_in
         args = stand_in(parser)
+    elif not args.vkitti:
+        say("No --vkitti: every sample comes from --data.")
     before = run_folder.begun_with(args.out, "precision", args.precision)
     args.precision, why = job.agreed(choose(before, ranks.device, training=True))
     say(why)
@@ -141,7 +143,8 @@ def main():
                                 args.accept_changes)
     first = run_folder.resume(args.out, state, model.unet, optimizer, args.steps, model)
     if args.cache:
-        settings = dict(denoising=True, target=args.target, rgb_resize=args.rgb_resize,
+        # As of stage 1 without a teacher: the two share their entries.
+        settings = dict(align_at="mid", target=args.target, rgb_resize=args.rgb_resize,
                         autocast=str(dtype), kept=f"torch.{args.cache_precision}", **pairs)
         training_set = open_cache(training_set, args.cache, settings, [args.sd2])
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import convert_sd2
 import evaluate
 from extras import train_denoising
 from extras.denoising import Denoiser, Schedule, combine, drawn_noise, schedule_of
@@ -73,17 +74,38 @@ def train(monkeypatch, files, out, *options):
                       "--data", files / "pairs", "--size", 32, 48, *options)
 
 
-def test_it_learns_resumes_to_the_bit_and_is_scored(files, tmp_path, monkeypatch, capsys):
+def test_too_many_passes():
+    with pytest.raises(ValueError, match="a smaller --denoise-steps"):
+        Schedule().timesteps(1001)
+
+
+def test_a_folder_without_its_scheduler(files, tmp_path):
+    model = Denoiser.from_sd2(files / "sd2.safetensors", "depth")
+    model.save(tmp_path / "a.safetensors")
+    folder = convert_sd2.export(tmp_path / "a.safetensors", tmp_path / "folder")
+    assert Denoiser.from_file(convert_sd2.convert(folder, tmp_path / "b.safetensors")
+                              ).config["schedule"] == model.schedule_keywords()
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ValueError, match="scheduler_config.json is not there"):
+        convert_sd2.convert(folder, tmp_path / "c.safetensors")
+
+
+def test_passes_are_for_denoising_only(files, monkeypatch, capsys):
+    assert worlds.call(monkeypatch, evaluate, "--ckpt", "a", "--ensemble", 3) == 2
+    assert "--ensemble and --denoise-steps are for --paradigm denoise" in capsys.readouterr().err
+
+
+def test_it_learns_resumes_and_is_scored(files, tmp_path, monkeypatch, capsys):
     rows = train(monkeypatch, files, tmp_path / "whole")
     assert all(np.isfinite(loss) for loss in worlds.losses_of(rows))
     assert any("validation" in row for row in rows)
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         train(patch, files, tmp_path / "cut")
-    train(monkeypatch, files, tmp_path / "cut", "--micro-batch", 4)
+    train(monkeypatch, files, tmp_path / "cut")
     whole, cut = (Denoiser.from_file(tmp_path / name / "model.safetensors").state_dict()
                   for name in ("whole", "cut"))
-    assert all(torch.allclose(whole[name], cut[name], atol=1e-5) for name in whole)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
     train(monkeypatch, files, tmp_path / "cached", "--cache", tmp_path / "cache",
           "--cache-precision", "float32")
     cached = Denoiser.from_file(tmp_path / "cached" / "model.safetensors").state_dict()
@@ -96,7 +118,7 @@ def test_it_learns_resumes_to_the_bit_and_is_scored(files, tmp_path, monkeypatch
             "--ensemble", 3, *options, "--out", tmp_path / str(number), "--workers", 0) == 0
         scores.append(json.loads((tmp_path / str(number) / "metrics.json").read_text())["pairs"])
     assert scores[0] == scores[1] != scores[2]
-    assert scores[0]["paradigm"] == "denoise" and scores[0]["align"] == "depth"
+    assert scores[0]["paradigm"] == "denoise, 2 passes x 3" and scores[0]["align"] == "depth"
 
 
 @pytest.mark.parametrize("kind, paradigm", [("stage1", "denoise"), ("denoise", "single")])
@@ -116,7 +138,11 @@ def test_a_model_of_the_other_kind(files, tmp_path, monkeypatch, capsys, kind, p
     ({"beta_schedule": "linear"}, "beta_schedule"),
     ({"num_train_timesteps": "many"}, "describes no schedule"),
     ({"timestep_spacing": "linspace"}, "not trailing or leading"),
+    ({"_class_name": "LCMScheduler"}, "_class_name = LCMScheduler"),
 ])
 def test_a_scheduler_of_another_kind(settings, words):
+    usual = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction",
+             "beta_schedule": "scaled_linear", "clip_sample": False}
+    assert schedule_of(usual, "a file")["spacing"] == "leading"  # as diffusers means it
     with pytest.raises(ValueError, match=words):
-        schedule_of(settings, "scheduler_config.json")
+        schedule_of(usual | settings, "scheduler_config.json")

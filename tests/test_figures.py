@@ -40,7 +40,7 @@ def test_the_figures_are_drawn(tmp_path, monkeypatch):
     torch.manual_seed(0)
     DepthMaster(**TINY).save(tmp_path / "a.safetensors")
     assert worlds.call(monkeypatch, figures, "--stage1", tmp_path / "a.safetensors", "--scenes",
-                       tmp_path, "--out", tmp_path / "out") == 0
+                       tmp_path, "--vkitti-crop", 96, 336, "--out", tmp_path / "out") == 0
     assert read_rgb(tmp_path / "out" / "figure_6.png").shape[1] == 3 * 256
     assert read_rgb(tmp_path / "out" / "figure_1.png").shape[1] == 3 * figures.CROP * figures.TIMES
     assert (tmp_path / "out" / "figure_5.png").stat().st_size > 1000

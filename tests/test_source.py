@@ -570,11 +570,14 @@ def change_unet(source, changes):
     write_tensors(file, read(file) | changes)
 
 
-def test_a_network_for_other_inputs(source):
+@pytest.mark.parametrize("channels, said", [
+    (9, ("the U-Net takes 9 channels", "take the plain text-to-image model")),
+    (8, ("scheduler_config.json is not there, which says how this model denoises",))])
+def test_a_network_for_other_inputs(source, channels, said):
     config = source / "unet" / "config.json"
-    write_json(config, json.loads(config.read_text()) | {"in_channels": 8})
-    change_unet(source, {"conv_in.weight": torch.zeros(16, 8, 3, 3)})
-    refused(source, "the U-Net takes 8 channels", "take the plain text-to-image model")
+    write_json(config, json.loads(config.read_text()) | {"in_channels": channels})
+    change_unet(source, {"conv_in.weight": torch.zeros(16, channels, 3, 3)})
+    refused(source, *said)
 
 
 @pytest.mark.parametrize("name", ["class_embedding.weight", "class_embedding.linear_1.weight",

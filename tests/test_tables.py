@@ -12,7 +12,8 @@ import metrics
 import train_stage1
 import train_stage2
 from benchmarks import rows, tables, tables_report, variants
-from data import training_set, transforms
+from data import cache, training_set, transforms
+from engine import run_folder
 from extras import train_denoising
 from losses import gradient
 from nets import vae
@@ -26,7 +27,7 @@ ENTRIES = [entry for _, entries in rows.TABLES.values() for entry in entries]
 
 def scales(tmp_path):
     return {"miniature": tables.miniature(tmp_path, 1, None),
-            "full": tables.full("/hypersim", "/vkitti2", "/benchmarks")}
+            "full": tables.full("/hypersim", "/vkitti2", "/benchmarks", tmp_path)}
 
 
 def script_of(words):
@@ -45,6 +46,11 @@ def test_a_trainer_takes_the_options_of_each_model(tmp_path, scale, name):
     script, given = script_of(words)
     args = SCRIPTS[script].options().parse_args(given)
     assert args.seed == 2 and args.out == tmp_path / "out"
+    own = SCRIPTS[script].options().parse_args(
+        rows.MODELS[name].options.format(**scales(tmp_path)[scale].words).split())
+    default = SCRIPTS[script].options().parse_args([])
+    for option, value in vars(own).items():  # what the model is about is not set back
+        assert value == getattr(default, option) or value == getattr(args, option), option
 
 
 @pytest.mark.parametrize("scale", ["miniature", "full"])
@@ -55,15 +61,17 @@ def test_evaluate_takes_the_options_of_each_row(tmp_path, monkeypatch, scale, en
     assert evaluate.options().out == tmp_path / "out"
 
 
-def test_full_scale_prints_each_command_once_and_stage_1_first(capsys):
-    scale = tables.full("/hypersim", "/vkitti2", "/benchmarks")
-    tables.print_full(tables.chosen_tables(["all"]), scale, run=False)
+def test_full_scale_prints_each_command_once_and_stage_1_first(tmp_path, capsys):
+    scale = tables.full("/hypersim", "/vkitti2", "/benchmarks", tmp_path)
+    tables.print_full(tables.chosen_tables(["all"]), scale, 1, tmp_path / "full", run=False)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines)) > 40
+    assert len(lines) == len(set(lines)) > 80
     assert all(line.startswith("python ") for line in lines)
     place = {line.split("--out ")[1].split()[0]: number for number, line in enumerate(lines)}
-    assert place["runs/full/middle/0"] < place["runs/full/full/0"]
+    assert place[f"{tmp_path}/full/middle/0"] < place[f"{tmp_path}/full/full/0"]
     assert any("30 h, 19.3 GB" in line for line in lines)
+    assert any("--paradigm denoise" in line and "11.9 h" in line for line in lines)
+    assert not any("as_dinov2" in line or "/bfloat16/" in line for line in lines)
 
 
 # ------------------------------------------------------------------------------- variants
@@ -151,7 +159,7 @@ def scored(rng, better, seeds=3, images=200):
 
 def test_the_report_finds_what_was_made_up(tmp_path):
     rng = np.random.default_rng(0)
-    settings = dict(scale="miniature", scenes=tables.SCENES, steps=tables.STEPS)
+    settings = dict(real=[["a", 3]], batch=4, scenes=tables.SCENES, steps=tables.STEPS)
     content = {"settings": settings, "seconds": {"depth": {"0": 180}}, "scores": {
         "square_root": scored(rng, 1.2), "disparity": scored(rng, 1.5), "depth": scored(rng, 1.0)}}
     path = tables_report.write_report(content, tmp_path)
@@ -165,11 +173,40 @@ def test_the_report_finds_what_was_made_up(tmp_path):
     assert path.read_text() == tables_report.write_report(content, tmp_path).read_text()
 
 
-def test_a_difference_that_chance_explains(tmp_path):
+def test_a_difference_that_chance_explains():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, (3, 200)) + rng.normal(0, 0.01, (3, 1))
-    said = tables_report.verdict(noise, "abs_rel", np.full((3, 200), 0.2), 0.083, 0.087)
-    assert said.startswith("**cannot be told") and "seeds would tell" in said
+    said = tables_report.verdict(noise, "abs_rel", 0.2, 0.083, 0.087)
+    assert said.startswith("**cannot be told") and "seeds." in said
+    rough = rng.normal(0, 0.5, (1, 200)) + rng.normal(0, 0.001, (3, 200))
+    assert "images or rooms" in tables_report.verdict(rough, "abs_rel", 0.2, 0.083, 0.087)
+    assert "not judged" in tables_report.verdict(noise[:1], "abs_rel", 0.2, 0.083, 0.087)
+
+
+def test_the_number_of_seeds_finds_the_effect():
+    """Simulated: with as many seeds as the sentence says, about four of five experiments find it.
+    """
+    rng = np.random.default_rng(0)
+
+    def experiment(seeds):
+        return (0.008 + rng.normal(0, 0.03, (1, 200)) + rng.normal(0, 0.006, (seeds, 1))
+                + rng.normal(0, 0.001, (seeds, 200)))
+    said = tables_report.needed(experiment(6), 0.008)
+    seeds = int(said.split(" seeds")[0].split()[-1])
+    found = [tables_report.interval(experiment(seeds))[0] > 0 for _ in range(100)]
+    assert 3 <= seeds <= 12 and np.mean(found) > 0.6
+
+
+def test_rows_are_paired_by_seed_and_rooms():
+    mine = {"0": np.arange(4.0), "2": np.arange(4.0) + 1}
+    first = {"2": np.zeros(4), "0": np.ones(4), "1": np.ones(4)}
+    expected = [[-1, 0, 1, 2], [1, 2, 3, 4]]
+    np.testing.assert_array_equal(tables_report.paired(mine, first, False), expected)
+    rooms = tables_report.paired(mine, first, True)
+    np.testing.assert_array_equal(rooms, [[-0.5, 1.5], [1.5, 3.5]])
+    once = tables_report.paired(mine, {"0": np.ones(4)}, False)  # a row that is not trained
+    np.testing.assert_array_equal(once, [[-1, 0, 1, 2], [0, 1, 2, 3]])
+    assert len(tables_report.paired({"0": np.ones(4)}, first, False)) == 1
 
 
 def test_rows_are_kept_and_other_settings_refused(tmp_path):
@@ -181,11 +218,20 @@ def test_rows_are_kept_and_other_settings_refused(tmp_path):
         tables.Results(tmp_path / "results.json", {"steps": 2})
 
 
+def test_a_variant_is_part_of_a_cache_and_of_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "fingerprint", cache.fingerprint)
+    monkeypatch.setattr(run_folder, "decisive", run_folder.decisive)
+    before = cache.fingerprint({"target": "depth"}, []), run_folder.decisive({"lr": 1})
+    variants.remember("log")
+    assert cache.fingerprint({"target": "depth"}, []) != before[0]
+    assert run_folder.decisive({"lr": 1}) == before[1] | {"variant": "log"}
+
+
 def test_scores_and_seconds_are_read(tmp_path):
     (tmp_path / "per_image.csv").write_text(
         "dataset,image,abs_rel,delta1,boundary_f1\nvkitti,a,0.123456,0.5,0.25\n")
     assert tables.scores_of(tmp_path) == {"vkitti": {"abs_rel": [0.12346], "delta1": [0.5],
                                                      "boundary_f1": [0.25]}}
-    rows_ = [{"step": 10, "samples_per_second": 8}, {"step": 30, "samples_per_second": 4}]
+    rows_ = [{"step": 10, "samples_per_second": 4}, {"step": 30, "samples_per_second": 2}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows_)))
     assert tables.seconds_of(tmp_path) == 10 + 40

@@ -43,6 +43,7 @@ SINGLE_FILE_EXTRAS = (r"model_ema\..*|betas|alphas_cumprod(_prev)?|posterior_.*|
 DEPTH_ANYTHING_EXTRAS = r"(depth_head|neck|head)\..*"
 UNUSED = {"mask_token"}  # in DINOv2: only its pre-training used it; some files lack it
 SD2_LICENCE = "CreativeML Open RAIL++-M (Stable Diffusion 2)"
+DENOISE_LICENCE = f"{SD2_LICENCE}, trained on by others (such as Marigold): see their page"
 DEPTHMASTER_LICENCE = f"{SD2_LICENCE}, trained on by DepthMaster's authors: see their page"
 
 # Parts of tensor names of similar models that can't be converted -> the message to the user.
@@ -265,13 +266,16 @@ def open_diffusers(folder):
     kind = "stage2" if "fftblock.norm.weight" in unet else "sd2"
     if "conv_in.weight" in unet and unet["conv_in.weight"].shape[1] == 8:
         kind = "denoise"
-        files |= {str(SCHEDULER): file for file in [folder / SCHEDULER] if file.is_file()}
+        files[str(SCHEDULER)] = folder / SCHEDULER
+        if not (folder / SCHEDULER).is_file():
+            raise ValueError(f"{folder / SCHEDULER} is not there, which says how this model "
+                             "denoises: add the folder scheduler/ of the same model.")
     adapter = next((file for file in (folder / ADAPTER, folder / "unet" / ADAPTER)
                     if file.is_file()), None)
     if adapter and kind == "sd2":
         kind, files[ADAPTER] = "stage1", adapter
         ignored += adapter_names(adapter)
-    licence = SD2_LICENCE if kind == "sd2" else DEPTHMASTER_LICENCE
+    licence = {"sd2": SD2_LICENCE, "denoise": DENOISE_LICENCE}.get(kind, DEPTHMASTER_LICENCE)
     if exported:
         files[TEXT_CONSTANT] = exported
         header = model_file.read_header(exported, kinds=(*KINDS, "denoise"))

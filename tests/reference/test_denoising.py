@@ -16,8 +16,8 @@ from tests.fixtures.weights import noise, relative_error  # noqa: E402
 from tests.reference.test_files import write  # noqa: E402
 
 torch.set_grad_enabled(False)
-V = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-         prediction_type="v_prediction", steps_offset=1)
+V = dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
+         beta_end=0.012, clip_sample=False, prediction_type="v_prediction", steps_offset=1)
 SCHEDULES = {
     "Marigold 1.0": dict(V, timestep_spacing="leading", set_alpha_to_one=False),
     "Marigold 1.1": dict(V, timestep_spacing="trailing", rescale_betas_zero_snr=True,
@@ -29,7 +29,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("count", [1, 4, 10, 50])
 def test_ddim(name, count):
-    theirs = diffusers.DDIMScheduler(**SCHEDULES[name])
+    theirs = diffusers.DDIMScheduler.from_config(SCHEDULES[name])
     ours = Schedule(**schedule_of(SCHEDULES[name], "a file"))
     theirs.set_timesteps(count)
     assert ours.timesteps(count).tolist() == theirs.timesteps.tolist()
@@ -44,7 +44,7 @@ def test_ddim(name, count):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_is_learnt(name):
-    theirs = diffusers.DDIMScheduler(**SCHEDULES[name])
+    theirs = diffusers.DDIMScheduler.from_config(SCHEDULES[name])
     ours = Schedule(**schedule_of(SCHEDULES[name], "a file"))
     z, draw, t = noise("z", (3, 4, 6, 8)), noise("draw", (3, 4, 6, 8)), torch.tensor([0, 500, 999])
     noisy, v = ours.noisy(z, draw, t)
@@ -55,7 +55,7 @@ def test_what_is_learnt(name):
 def marigold(folder, name):
     """A small folder in Marigold's layout, by the libraries' own writers."""
     write(folder, dict(UNET, in_channels=8), VAE, freshly_made=("unet",))
-    diffusers.DDIMScheduler(**SCHEDULES[name]).save_pretrained(folder / "scheduler")
+    diffusers.DDIMScheduler.from_config(SCHEDULES[name]).save_pretrained(folder / "scheduler")
     return folder
 
 
