@@ -42,7 +42,8 @@ RATES = {"stage1": 7e-4, "denoising": 7e-4, "more": 1e-4, "stage2": 1e-4}
 TEACHER_STEPS = 600
 COMMON = ("--data {scenes}/hypersim --vkitti {scenes}/vkitti --vkitti-crop 96 336 "
           f"--batch {BATCH} --micro-batch {BATCH} --warmup 20 --workers 0 --log-every 10 "
-          "--validate-every 1000000 --validate-images 1 --save-every 1000000 --device cpu --precision float32")
+          "--validate-every 1000000 --validate-images 1 --save-every 1000000 --device cpu "
+          "--precision float32")
 # One thread; freed memory is kept, because asking the system for it again takes time.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
                "MALLOC_TRIM_THRESHOLD_": "4000000000"}
@@ -220,7 +221,8 @@ def seconds_of(folder):
     steps = [row for row in rows if "samples_per_second" in row]
     counts = [row["step"] - before for row, before in
               zip(steps, [0, *(row["step"] for row in steps)])]
-    return round(sum(BATCH * count / row["samples_per_second"] for row, count in zip(steps, counts)))
+    return round(sum(BATCH * count / row["samples_per_second"]
+                     for row, count in zip(steps, counts)))
 
 
 def run_row(name, entries, seed, scale, args, results):

@@ -50,10 +50,11 @@ hand. Each row trains for {steps[stage1]} steps of {batch} samples in stage 1 an
 pre-trained base, rows of stage 2 from the embedded miniature, whose stage 1 was long. They are
 scored on rendered scenes that no pre-training has seen: {scenes[val]} frames of rooms, two of a
 room, and {scenes[streets_val]} of streets.{real} AbsRel and boundary F1 are means over images and
-seeds, in per cent; ± is the standard deviation over seeds. Differences are to the first row, paired
-by image and seed, with 95 % intervals: bootstrap over rooms or images, Student's t over seeds. The
-paper's figures stand beside ours: AbsRel of KITTI (compared with our streets), F1 of Hypersim (with
-our rooms). The miniature is a toy: what it can tell is whether a difference has the paper's sign.
+seeds, in per cent; ± is the standard deviation over seeds. Differences are to the first row,
+paired by image and seed, with 95 % intervals: bootstrap over rooms or images, Student's t over
+seeds. The paper's figures stand beside ours: AbsRel of KITTI (compared with our streets), F1 of
+Hypersim (with our rooms). The miniature is a toy: what it can tell is whether a difference has the
+paper's sign.
 """
 REAL = " Also on {} real frames: {}."
 
