@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import CAUSES, SCORES, TABLES, key
+from benchmarks.rows import CAUSES, MODELS, SCORES, TABLES, key
 from storage import write_text
 
 SETS = {"hypersim": "rooms", "vkitti": "streets", "pairs": "real frames"}
@@ -75,15 +75,14 @@ def scores(content, name):
     return found
 
 
-def paired(mine, first, of_rooms):
+def paired(mine, first, of_rooms, trained=True):
     """Differences seeds,images of two rows {seed: images}, for the seeds that both have.
 
-    A row that is not trained, and so has one seed, serves for all. of_rooms: two frames in
+    trained: whether the first row is; if not, its one seed serves for all. of_rooms: two frames in
     sequence are of one room, and become one image.
     """
+    first = first if trained else dict.fromkeys(mine, first["0"])
     seeds = sorted(mine.keys() & first.keys())
-    if first.keys() == {"0"} and len(mine) > 1:
-        seeds, first = sorted(mine), dict.fromkeys(mine, first["0"])
     differences = np.array([mine[seed] - first[seed] for seed in seeds])
     return differences.reshape(len(seeds), -1, 2).mean(axis=2) if of_rooms else differences
 
@@ -129,7 +128,7 @@ def table(found):
                 cell = spread(mine[which][score])
                 if mine is not first and which in first:
                     difference = paired(mine[which][score], first[which][score],
-                                        which == "hypersim")
+                                        which == "hypersim", found[0][0].model in MODELS)
                     low, high = 100 * interval(difference)
                     cell += f"<br>{100 * difference.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
                 cells.append(cell)
@@ -152,8 +151,9 @@ def verdicts(found):
             if which in mine and which in base:
                 mean = np.mean([each.mean() for each in base[which][score].values()])
                 yield f"- {entry.label}, {head} of {SETS[which]}: " + verdict(
-                    paired(mine[which][score], base[which][score], which == "hypersim"), score,
-                    mean, entry.paper.get(score), first.paper.get(score))
+                    paired(mine[which][score], base[which][score], which == "hypersim",
+                           first.model in MODELS),
+                    score, mean, entry.paper.get(score), first.paper.get(score))
 
 
 def verdict(differences, score, base, paper, paper_first):

@@ -204,7 +204,9 @@ def test_rows_are_paired_by_seed_and_rooms():
     np.testing.assert_array_equal(tables_report.paired(mine, first, False), expected)
     rooms = tables_report.paired(mine, first, True)
     np.testing.assert_array_equal(rooms, [[-0.5, 1.5], [1.5, 3.5]])
-    once = tables_report.paired(mine, {"0": np.ones(4)}, False)  # a row that is not trained
+    begun = tables_report.paired(mine, {"0": np.ones(4)}, False)  # its seed 2 is not there yet
+    np.testing.assert_array_equal(begun, [[-1, 0, 1, 2]])
+    once = tables_report.paired(mine, {"0": np.ones(4)}, False, trained=False)
     np.testing.assert_array_equal(once, [[-1, 0, 1, 2], [0, 1, 2, 3]])
     assert len(tables_report.paired({"0": np.ones(4)}, first, False)) == 1
 
