@@ -212,7 +212,7 @@ def train_denoiser(vae, scenes, steps, seed):
     return unet
 
 
-def train_teacher(vit, scenes, steps, seed):
+def train_teacher(vit, scenes, steps, seed, dtype=torch.bfloat16):
     """The ViT on rooms: which share of each patch belongs to which class (soft cross-entropy)."""
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(vit.width, len(CLASSES))
@@ -223,7 +223,7 @@ def train_teacher(vit, scenes, steps, seed):
         image, ids = to_unit(images[chosen]), classes[chosen]
         if int(torch.randint(2, (), generator=generator)):
             image, ids = image.flip(3), ids.flip(2)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             seen = teacher_image(image, vit.patch, vit.mean, vit.std)
             logits = head(vit(seen)).float()  # B,N,classes; a patch is 16 pixels
         ids = rearrange(ids.long(), "b (h p) (w q) -> b (h w) (p q)", p=16, q=16)
