@@ -133,7 +133,8 @@ def test_bad_sources(tmp_path, model, monkeypatch, capsys):
     assert "config.json says latent_magnitude = 1, but" in refused(tmp_path / "taesd")
     (tmp_path / "taesd/config.json").unlink()
     save_file(numbered(TinyEncoder(**SMALL, latent_channels=16)), tmp_path / "other.safetensors")
-    assert "is of another model: its latents have 16 channels" in refused(tmp_path / "other.safetensors")
+    other = refused(tmp_path / "other.safetensors")
+    assert "is of another model: its latents have 16 channels" in other
     save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
     assert "no.safetensors holds no tiny autoencoder" in refused(tmp_path / "no.safetensors")
     assert not (tmp_path / "model_tiny.safetensors").exists()
