@@ -5,6 +5,7 @@
     python convert_sd2.py DepthMaster                 # as released -> weights/stage2.safetensors
     python convert_sd2.py dinov2_vitg14_pretrain.pth  # -> weights/dinov2_vitg14.safetensors
     python convert_sd2.py sam_vit_h_4b8939.pth        # SAM, OpenCLIP, AIMv2: other teachers
+    python convert_sd2.py runs/stage2/model.safetensors --autoencoder taesd     # a tiny one, beside
     python convert_sd2.py runs/stage1/model.safetensors --export diffusers --out stage1_diffusers
     python convert_sd2.py runs/stage2/model.safetensors --export onnx --size 576 768 --out a.onnx
 
@@ -50,6 +51,10 @@ def main():
                         "or as a graph of a fixed --size: an ONNX file, a file of torch.export")
     parser.add_argument("--size", type=terminal.positive, nargs=2, metavar=("H", "W"),
                         help="of the pictures that a graph takes: multiples of 8")
+    parser.add_argument("--autoencoder", type=Path, nargs="+", metavar="SOURCE", help="attach a "
+                        "tiny one (TAESD: diffusers' folder, or its author's files) to a model")
+    parser.add_argument("--without-full", action="store_true",
+                        help="leave the full autoencoder out of a model that has a tiny one")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     if args.export and args.out is None:
@@ -62,6 +67,8 @@ def main():
         tell(str(export_graph(args.source, args.export, args.size, args.out, dtype)))
     elif args.export:
         tell(str(export(args.source, args.out, dtype)))
+    elif args.autoencoder or args.without_full:
+        tell(str(attach(args.source, args.autoencoder or (), args.without_full, args.out, dtype)))
     else:
         tell(str(convert(args.source, args.out, dtype)))
 
@@ -157,10 +164,37 @@ def export(path, folder, dtype=torch.float32):
         model = Denoiser.from_file(path, dtype=dtype)
         write_diffusers(model, folder, scheduler_config(model))
     else:
-        write_diffusers(DepthMaster.from_file(path, dtype=dtype), folder)
+        write_diffusers(DepthMaster.from_file(path, dtype=dtype, autoencoder="full"), folder)
     say("The text encoder is not part of a model: its embedding of the empty prompt, a "
         f"constant, is in {folder / 'text_embedding.safetensors'}.")
     return folder
+
+
+def attach(path, sources, without_full, out=None, dtype=torch.float32):
+    """Writes a model with a tiny autoencoder beside or in place of the full one; the file's path.
+
+    sources: files or folders of the tiny one; none: the model has it.
+    """
+    from extras.tiny_files import LICENCE, open_tiny
+    out = out or path.with_name(f"{path.stem}_tiny.safetensors")
+    check_out(out, path)
+    model = DepthMaster.from_file(path)
+    for source in sources:
+        found, files = open_tiny(source)
+        for name, (network, sizes) in found.items():
+            if sizes["latent_channels"] != model.unet.conv_in.in_channels:
+                raise ValueError(f"{source} is of another model: its latents have "
+                                 f"{sizes['latent_channels']} channels.")
+            model.add_tiny(name, network, sizes)
+        model.sources += [f"{name} sha256:{sha256(file)}" for name, file in files.items()]
+        model.licence += f"; {LICENCE}"
+    if without_full:
+        if not (model.tiny_encoder and model.tiny_decoder):
+            raise ValueError(f"{path} has no tiny encoder and decoder: --without-full would leave "
+                             "none; add --autoencoder.")
+        model.vae, model.config["vae"] = None, False
+    model.save(out, dtype)
+    return out
 
 
 def report(source):

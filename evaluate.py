@@ -85,14 +85,17 @@ def options():
         "Marigold, passes and maps as below (%(default)s)")
     add("--denoise-steps", type=terminal.positive, help="passes (50)")
     add("--ensemble", type=terminal.positive, help="maps to combine (10)")
+    add("--autoencoder", choices=["full", "tiny"], help="of a model that has both (tiny: faster, "
+        "approximate)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="float32",
         help="of the model (%(default)s)")
     add("--device", default="auto", help="cuda, mps or cpu (auto)")
     add("--out", type=Path, default=Path("scores"), help="folder (%(default)s)")
     add("--report", action="store_true", help="a page to look at, too: OUT/report.html")
     args = parser.parse_args()
-    if args.predictions and args.paradigm != "single":
-        parser.error("--paradigm is about a model (--ckpt), not about saved predictions")
+    if args.predictions and (args.paradigm != "single" or args.autoencoder):
+        parser.error("--paradigm is about a model (--ckpt), as --autoencoder is, and not about "
+                     "saved predictions")
     if args.paradigm != "denoise" and (args.denoise_steps or args.ensemble):
         parser.error("--ensemble and --denoise-steps are for --paradigm denoise")
     if args.align in metrics.METRIC and not args.predictions:
@@ -240,10 +243,14 @@ def main():
         kind = DepthMaster
         if args.paradigm == "denoise":
             from extras.denoising import Denoiser as kind
-        model = kind.from_file(ckpt, ranks.device, getattr(torch, args.precision))
+        model = kind.from_file(ckpt, ranks.device, getattr(torch, args.precision),
+                               args.autoencoder)
         if args.paradigm == "denoise":
             model.steps, model.ensemble = args.denoise_steps or 50, args.ensemble or 10
             paradigm = f"denoise, {model.steps} passes x {model.ensemble}"
+        if model.approximate:
+            paradigm += ", tiny autoencoder"
+            say("Tiny autoencoder: approximate.")
         if model.kind == "sd2":
             say(f"warning: {ckpt} was never trained for depth; its scores mean nothing.")
         model.for_inference(ranks.device, args.precision, PARADIGMS[args.paradigm])

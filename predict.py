@@ -63,6 +63,8 @@ def options():
         help="longest side while predicting, 0: the picture's own (the model's: 768)")
     add("--precision", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="auto: bfloat16 where it is faster (GPUs, some CPUs), else float32")
+    add("--autoencoder", choices=["full", "tiny"], help="of a model that has both (tiny: faster, "
+        "approximate)")
     add("--batch", type=terminal.positive, help="pictures predicted at once (8 on CUDA, else 1)")
     add("--max-pixels", type=terminal.positive, metavar="N",
         help="refuse pictures of more (179 million): they take some 30 bytes of memory a pixel")
@@ -76,8 +78,10 @@ def options():
 def open_model(args, device):
     """The model, ready to predict; prints warnings about the meaning of its results."""
     precision, why = choose(args.precision, device)
-    model = DepthMaster.from_file(args.ckpt, device, getattr(torch, precision))
+    model = DepthMaster.from_file(args.ckpt, device, getattr(torch, precision), args.autoencoder)
     say(why)
+    if model.approximate:
+        say("Tiny autoencoder: approximate.")
     if model.kind == "sd2":
         say(f"warning: {args.ckpt} was never trained for depth; its results mean nothing.")
     if model.target != "sqrt_disparity":  # Deviation: the released code has no other target

@@ -32,7 +32,7 @@ from data.training_set import (
 )
 from data.transforms import TARGETS
 from engine import job, run_folder, terminal
-from engine.progress import Progress, Watch
+from engine.progress import Steps
 from engine.step import learning_rate, optimizer_step, set_learning_rate, to_device
 from engine.terminal import say, tell
 from losses.alignment import FeatureAdapter, feature_alignment_loss, resize_tokens, teacher_image
@@ -177,7 +177,7 @@ def main():
 
     if not args.sd2.exists():
         raise FileNotFoundError(f"{args.sd2} is not there: {NO_SD2}")
-    model = DepthMaster.from_file(args.sd2)
+    model = DepthMaster.from_file(args.sd2, autoencoder="full")
     model.become("stage1", args.target, args.size)
     teacher = teacher_file(args.sd2, args.teacher) if args.align_weight else None
     objective = Stage1(model, teacher and open_teacher(teacher, dtype), args.align_at,
@@ -229,34 +229,22 @@ def main():
         if last or done % args.save_every == 0:
             draw_curves([args.out], args.out / "curves.png")
 
-    # Without this row a run was killed after saving, before validating.
-    if ranks.first and first and not log.has_validation(first):
-        look(first)
+    def save(done):
+        run_folder.save(args.out, done, trained, optimizer, model)
+
     sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            say(f"Replaced a bad sample: {reason}", any_rank=True))
     runner = job.parallel(objective, ranks)
-    with (Watch(ranks) as watch,
-          Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
-        for step in range(first, args.steps):
+    with Steps(first, args.steps, args.batch, args.log_every, args.save_every, log, ranks, save,
+               look) as steps:
+        for step in steps:
             rate = learning_rate(step, args.lr, args.warmup, args.decay_steps)
             set_learning_rate(optimizer, rate)
             outcome = optimizer_step(
                 runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
-                ranks, dtype, args.clip_gradient, watch)
-            done = step + 1 if outcome else step  # None: asked to leave in mid-step
-            last = done == args.steps
-            if outcome:
-                progress.report(done, outcome, rate)
-            leave, save = watch.agree()
-            due = done % args.save_every == 0 and not progress.bad  # not after a bad step
-            if ranks.first and (last or leave or save or due):
-                run_folder.save(args.out, done, trained, optimizer, model)
-            if leave:
-                say(f"Asked to leave: saved after {done} steps; the same command goes on.")
-                break
-            if ranks.first:
-                look(done)
+                ranks, dtype, args.clip_gradient, steps.watch)
+            steps.end(outcome, rate)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from data.training_set import (
     read_batches,
 )
 from engine import job, run_folder, terminal
-from engine.progress import Progress, Watch
+from engine.progress import Steps
 from engine.step import learning_rate, optimizer_step, set_learning_rate
 from engine.terminal import say, tell
 from losses.gradient import gradient_loss, pixel_loss
@@ -115,7 +115,7 @@ def main():
         raise FileNotFoundError(
             f"{args.ckpt} is not there: run train_stage1.py first, or give its model with --ckpt "
             "(to train in one stage: --ckpt weights/sd2.safetensors).")
-    model = DepthMaster.from_file(args.ckpt)
+    model = DepthMaster.from_file(args.ckpt, autoencoder="full")
     if (args.ckpt is parser.get_default("ckpt")
             and model.unet.channels != UNet.__init__.__kwdefaults__["channels"]):
         raise ValueError(
@@ -160,34 +160,22 @@ def main():
         if last or done % args.save_every == 0:
             draw_curves([args.out], args.out / "curves.png")
 
-    # Without this row a run was killed after saving, before validating.
-    if ranks.first and first and not log.has_validation(first):
-        look(first)
+    def save(done):
+        run_folder.save(args.out, done, model.unet, optimizer, model)
+
     sampler = training_set.sampler(args.micro_batch, first, args.steps, ranks)
     batches = read_batches(training_set, sampler, args.workers, on_bad=lambda name, reason:
                            say(f"Replaced a bad sample: {reason}", any_rank=True))
     runner = job.parallel(objective, ranks)
-    with (Watch(ranks) as watch,
-          Progress(first, args.steps, args.batch, args.log_every, log, ranks) as progress):
-        for step in range(first, args.steps):
+    with Steps(first, args.steps, args.batch, args.log_every, args.save_every, log, ranks, save,
+               look) as steps:
+        for step in steps:
             rate = learning_rate(step, args.lr, args.warmup, args.decay_steps)
             set_learning_rate(optimizer, rate)
             outcome = optimizer_step(
                 runner, batches, sampler.micro_batch_count(step), args.batch, weights, optimizer,
-                ranks, dtype, args.clip_gradient, watch)
-            done = step + 1 if outcome else step  # None: asked to leave in mid-step
-            last = done == args.steps
-            if outcome:
-                progress.report(done, outcome, rate)
-            leave, save = watch.agree()
-            due = done % args.save_every == 0 and not progress.bad  # not after a bad step
-            if ranks.first and (last or leave or save or due):
-                run_folder.save(args.out, done, model.unet, optimizer, model)
-            if leave:
-                say(f"Asked to leave: saved after {done} steps; the same command goes on.")
-                break
-            if ranks.first:
-                look(done)
+                ranks, dtype, args.clip_gradient, steps.watch)
+            steps.end(outcome, rate)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,28 @@ def without_suffix(path):
     return str(PurePosixPath(path).with_suffix(""))
 
 
+class FolderOfPictures:
+    """Any pictures of a folder and of all below it, without depth: for distill.py."""
+
+    benchmark, expected, exif = None, None, "auto"
+
+    def __init__(self, root, split="train"):
+        self.root = Path(root)
+        self.paths = [path for path in walk(self.root) if path.lower().endswith(PICTURES)]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        return without_suffix(self.paths[i])
+
+    def __getitem__(self, i):
+        """dict(image uint8 3,H,W; name); raises BadSample."""
+        exif = "apply" if self.exif == "auto" else self.exif
+        image = read_rgb(self.root / self.paths[i], exif=exif)
+        return dict(image=torch.from_numpy(image).permute(2, 0, 1), name=self.name(i))
+
+
 def read_pairs_csv(root):
     """[(image, depth)] from pairs.csv, relative to the root."""
     path = root / PAIRS_CSV

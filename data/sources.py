@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import hypersim_geometry, vkitti
 from data.hypersim import SCENE, SPLIT_CSV, SPLITS, Hypersim, ProcessedHypersim
-from data.pairs import MIN_DEPTH_M, PAIRS_CSV, FolderOfPairs
+from data.pairs import MIN_DEPTH_M, PAIRS_CSV, FolderOfPairs, FolderOfPictures
 from data.transforms import KITTI_CROP
 from data.vkitti import TREES, VirtualKITTI, holds_scenes
 from data.zeroshot import LAYOUTS, ZeroShot
@@ -128,16 +128,20 @@ def find_benchmarks(root):
 # ----------------------------------------------------------------------------- to train on
 
 
-def open_training_source(root, split="train", crop=KITTI_CROP, **pairs):
+def open_training_source(root, split="train", crop=KITTI_CROP, pictures=False, **pairs):
     """The reader of the data set in a folder; the folder's content determines the kind of reader.
 
     crop: for Virtual KITTI 2; pairs: keywords of FolderOfPairs (`exif`: of all readers). A folder
     of pairs may hold folders named train and val; otherwise every split uses the whole folder.
+    pictures: whether a folder of any pictures will do, too.
     Raises FileNotFoundError if the folder is missing, empty or holds no known data set.
     """
     root = Path(root)
     check_folder(root)
     kind = kind_of(root)
+    if kind is None and pictures and len(found := FolderOfPictures(root)):
+        found.exif = pairs["exif"]
+        return found
     if kind is None:
         raise FileNotFoundError(unknown_data(root))
     if kind is FolderOfPairs:

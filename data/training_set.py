@@ -13,7 +13,7 @@ from einops import reduce
 from torch.utils.data import Dataset
 
 from data.loading import preflight, read_ahead
-from data.pairs import add_pair_options
+from data.pairs import FolderOfPictures, add_pair_options
 from data.sampler import StepBatchSampler, draw_step, replacements, shuffled_index
 from data.sources import check_folder, open_reader, open_training_source
 from data.transforms import (
@@ -115,8 +115,14 @@ class TrainingSet(Dataset):
         return max(self.sizes, key=math.prod)
 
     def prepared(self, number, index, flip):
-        """Image, target and valid of a sample of source `number`, and its name."""
+        """Image, target and valid of a sample of source `number`, and its name.
+
+        Of a picture without depth: image and name.
+        """
         sample, size = self.sources[number][index], self.sizes[number]
+        if "depth" not in sample:
+            image = RGB_RESIZES[self.rgb_resize](sample["image"], size)
+            return dict(image=image.flip(-1) if flip else image, name=sample["name"])
         # The quantiles need the full resolution, so the target is computed before the resizing.
         target = normalise_target(sample["depth"], sample["valid"], self.target, sample["name"])
         target = resize_nearest(target, size)
@@ -182,6 +188,8 @@ def open_training_set(data, vkitti, size, crop=KITTI_CROP, target="sqrt_disparit
         probabilities.append(0.9)
         sizes.append(size)
     if vkitti:
+        if sources and isinstance(sources[0], FolderOfPictures):
+            raise ValueError(f"{data} holds pictures without depth: leave out --vkitti.")
         check_folder(Path(vkitti))
         sources.append(open_reader(VirtualKITTI, vkitti, "train", crop, **pairs))
         probabilities.append(0.1)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save_file
 
 from data.files import write_npy, write_png
 from data.hypersim import Hypersim
@@ -23,14 +24,16 @@ from engine.terminal import tell
 from miniature import render
 from nets.official.export import write_diffusers
 from nets.depthmaster import DepthMaster
+from nets.tiny import TinyDecoder, TinyEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("quickstart", "own-data", "hypersim", "metres", "formats", "memory", "reproduce",
-         "tables", "reading", "faq", "clusters")
+         "tables", "reading", "faq", "clusters", "faster")
 LIMIT = 300  # seconds that a command may take
 SHORT = ("--steps 2 --batch 2 --micro-batch 1 --workers 0 --warmup 1 --validate-images 2 "
          "--size 96 128 --vkitti-crop 96 336 --device cpu")
 OPTIONS = {"train_stage1.py": SHORT, "train_stage2.py": SHORT, "extras.train_denoising": SHORT,
+           "distill.py": f"{SHORT} --width 8 --blocks 1",
            "evaluate.py": "--limit 2 --workers 0 --device cpu",
            "--paradigm denoise": "--denoise-steps 2 --ensemble 2"}
 INSTEAD = {"--nproc_per_node 8": "--nproc_per_node 2", "--processing-res 0": "--processing-res 96"}
@@ -93,6 +96,11 @@ def prepare(folder):
                     folder / "stable-diffusion-2")
     write_diffusers(DepthMaster.from_file(ROOT / "weights/miniature.safetensors"),
                     folder / "DepthMaster")
+    (folder / "taesd").mkdir()
+    for half, kind, shift in (("encoder", TinyEncoder, 0), ("decoder", TinyDecoder, 1)):
+        numbered = {re.sub(r"^\d+", lambda number: str(int(number[0]) + shift), name): tensor
+                    for name, tensor in kind(width=8, blocks=1).state_dict().items()}
+        save_file(numbered, folder / f"taesd/taesd_{half}.safetensors")
     shutil.copy(ROOT / "weights/miniature_dinov2.safetensors",
                 folder / "weights/dinov2_vitg14.safetensors")
     shutil.copy(ROOT / "weights/miniature_sd2.safetensors", folder / "weights/sd2.safetensors")

@@ -1,4 +1,4 @@
-"""Helpers of a training loop: a scheduler's signals, the progress bar, the rows of the log."""
+"""Helpers of a training loop: what happens between steps, a scheduler's signals, the log's rows."""
 
 import math
 import signal
@@ -13,6 +13,52 @@ from engine.terminal import say
 MAX_BAD_STEPS = 10  # skipped steps in a row at which a run stops
 PATIENCE = 2.0  # seconds; a signal repeated within this time is the same request
 SPIKE, SPIKE_AFTER = 4.0, 100  # times the usual loss; steps before the first spike
+
+
+class Steps:
+    """The steps that a run has left, to loop over; the loop calls `end` after each of them.
+
+    `end` writes the log and, on the first rank, calls save(steps done) every `save_every` steps,
+    after the last step and when a signal asks for it, and look(steps done) after every step. The
+    loop ends after the last step, or when a signal asks to leave (see Watch).
+    """
+
+    def __init__(self, first, last, batch, log_every, save_every, log, ranks, save, look):
+        self.first, self.last, self.save_every, self.log = first, last, save_every, log
+        self.ranks, self.save, self.look = ranks, save, look
+        self.watch, self.leave = Watch(ranks), False
+        self.progress = Progress(first, last, batch, log_every, log, ranks)
+
+    def __iter__(self):
+        # Without this row a run was killed after saving, before validating.
+        if self.ranks.first and self.first and not self.log.has_validation(self.first):
+            self.look(self.first)
+        for self.step in range(self.first, self.last):
+            yield self.step
+            if self.leave:
+                return
+
+    def end(self, outcome, rate):
+        """outcome: of `optimizer_step`; rate: the step's learning rate."""
+        done = self.step + 1 if outcome else self.step  # None: asked to leave in mid-step
+        if outcome:
+            self.progress.report(done, outcome, rate)
+        self.leave, save = self.watch.agree()
+        due = done % self.save_every == 0 and not self.progress.bad  # not after a bad step
+        if self.ranks.first and (done == self.last or self.leave or save or due):
+            self.save(done)
+        if self.leave:
+            say(f"Asked to leave: saved after {done} steps; the same command goes on.")
+        elif self.ranks.first:
+            self.look(done)
+
+    def __enter__(self):
+        self.watch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.progress.__exit__()
+        self.watch.__exit__()
 
 
 class Watch:

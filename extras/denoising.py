@@ -97,7 +97,7 @@ class Denoiser(DepthMaster):
     @classmethod
     def from_sd2(cls, path, target, train_size=None):
         """Stable Diffusion 2's weights; conv_in's serve both latents, halved."""
-        model = DepthMaster.from_file(path)
+        model = DepthMaster.from_file(path, autoencoder="full")
         weights = model.state_dict()
         conv = weights["unet.conv_in.weight"]  # C0,4,3,3
         weights["unet.conv_in.weight"] = torch.cat([conv, conv], dim=1) / 2  # C0,8,3,3

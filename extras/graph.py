@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ class Graph(nn.Module):
     def __init__(self, model, size):
         super().__init__()
         self.vae, self.unet = model.vae, model.unet
+        self.encode = model.tiny_encoder or partial(AutoencoderKL.encode, self.vae)
+        self.decode = model.tiny_decoder or partial(AutoencoderKL.decode, self.vae)
         if self.unet.fourier is not None:
             h, w = (side // 8 for side in size)
             for _ in self.unet.channels[1:]:
@@ -39,8 +42,8 @@ class Graph(nn.Module):
 
     def forward(self, image):
         x = (image / 127.5 - 1).to(self.unet.conv_in.weight.dtype)
-        latent, _ = self.unet(AutoencoderKL.encode(self.vae, x))
-        depth = AutoencoderKL.decode(self.vae, latent).float()
+        latent, _ = self.unet(self.encode(x))
+        depth = self.decode(latent).float()
         return (depth[:, 0].clamp(-1, 1) + 1) / 2
 
 

@@ -22,3 +22,9 @@ def latent_loss(z_pred, z_target, valid):
     error = torch.where(cells, z_pred.float() - z_target.float(), 0)  # B,4,h,w
     total = error.square().mean(dim=1).sum(dim=(1, 2))
     return total / cells.sum(dim=(1, 2, 3)).clamp(min=1)
+
+
+def relative_error(found, expected):
+    """Squared error of features B,C,h,w over the expected ones' mean square -> per sample B."""
+    found, expected = found.float().flatten(1), expected.float().flatten(1)
+    return (found - expected).square().mean(dim=1) / expected.square().mean(dim=1)

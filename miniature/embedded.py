@@ -24,6 +24,8 @@ STAGE1 = dict(steps=590, batch=16, micro_batch=8, lr=1.4e-3, warmup=30, decay_st
               validate_every=590, save_every=295)
 STAGE2 = dict(steps=60, batch=8, micro_batch=4, lr=1e-4, warmup=10, decay_steps=60,
               validate_every=60, save_every=30)
+DISTILL = dict(width=16, blocks=2, steps=600, batch=8, micro_batch=8, warmup=30, decay_steps=600,
+               cache=STAGE1["cache"], validate_every=600, save_every=300)
 
 
 def stand_in(parser):
@@ -31,11 +33,14 @@ def stand_in(parser):
     say(f"No --data: training on the embedded scenes in {SCENES}.")
     args = parser.parse_args()
     name, minutes = ("sd2", STAGE1) if "sd2" in args else ("ckpt", STAGE2)
+    weights = SD2
+    if "part" in args:
+        minutes, weights = DISTILL, TRAINED
     defaults = dict(data=SCENES / "hypersim", vkitti=SCENES / "vkitti", vkitti_crop=(96, 336))
     given = getattr(args, name) is not parser.get_default(name)
     if not given:
-        say(f"No --{name}: starting from the embedded miniature, {SD2.name}.")
-        defaults[name] = SD2
+        say(f"No --{name}: starting from the embedded miniature, {weights.name}.")
+        defaults[name] = weights
     if not given or name == "ckpt":
         defaults |= minutes
     if terminal.is_first():

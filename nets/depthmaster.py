@@ -16,6 +16,7 @@ from nets.fourier import FourierEnhancement
 from nets.inference import strips
 from nets.inference.folds import fold
 from nets.inference.precision import choose
+from nets.tiny import TinyDecoder, TinyEncoder
 from nets.unet import UNet
 from nets.vae import AutoencoderKL
 
@@ -27,6 +28,8 @@ class DepthMaster(nn.Module):
     """The networks with the settings of a model file; the defaults are the paper's, at SD2's size.
 
     vae, unet: keywords of `AutoencoderKL` and `UNet`, where they differ from SD2's.
+    tiny_encoder, tiny_decoder: keywords of the networks in nets/tiny.py, which then stand in for
+    the autoencoder's halves; vae may be False beside both of them.
     target: the quantity in the decoded map, `sqrt_disparity`, `disparity` or `depth`, in [-1,1].
     train_size: (height, width) of training; processing_res: longest side in prediction.
     """
@@ -34,24 +37,56 @@ class DepthMaster(nn.Module):
     kinds = KINDS  # of the files that `from_file` opens
 
     def __init__(self, *, vae=None, unet=None, target="sqrt_disparity", train_size=(480, 640),
-                 processing_res=768):
+                 processing_res=768, tiny_encoder=None, tiny_decoder=None):
         super().__init__()
-        self.config = dict(vae=dict(vae or {}), unet=dict(unet or {}), target=target,
-                           train_size=list(train_size), processing_res=processing_res)
+        self.config = dict(vae=vae is not False and dict(vae or {}), unet=dict(unet or {}),
+                           target=target, train_size=list(train_size),
+                           processing_res=processing_res)
         self.kind, self.sources, self.licence, self.folded = "sd2", [], "", False
         self.target, self.train_size = target, tuple(train_size)
         self.processing_res = processing_res
-        self.vae = AutoencoderKL(**self.config["vae"])
+        self.vae = None if vae is False else AutoencoderKL(**self.config["vae"])
         self.unet = UNet(**self.config["unet"])
+        self.tiny_encoder, self.tiny_decoder = None, None
+        if tiny_encoder is not None:
+            self.add_tiny("tiny_encoder", TinyEncoder(**tiny_encoder), tiny_encoder)
+        if tiny_decoder is not None:
+            self.add_tiny("tiny_decoder", TinyDecoder(**tiny_decoder), tiny_decoder)
+        if not (self.vae or self.tiny_encoder and self.tiny_decoder):
+            raise ValueError("an autoencoder is missing")
 
     @classmethod
-    def from_file(cls, path, device="cpu", dtype=None):
-        """Opens a model file of kind sd2 (untrained for depth), stage1 or stage2."""
+    def from_file(cls, path, device="cpu", dtype=None, autoencoder=None):
+        """Opens a model file of kind sd2 (untrained for depth), stage1 or stage2.
+
+        autoencoder: `full` or `tiny`, which must be there; None: the tiny one's halves that are
+        there, else the full one's. ValueError if it can't be opened so.
+        """
         header = model_file.read_header(path, kinds=cls.kinds)
         model = model_file.build(cls, header["config"], path, device, dtype)
         model.kind, model.sources = header["kind"], header["sources"]
         model.licence = header["licence"]
+        if autoencoder == "tiny" and not model.approximate:
+            raise ValueError(f"{path} has no tiny autoencoder: leave out --autoencoder, or attach "
+                             "one (convert_sd2.py --autoencoder, distill.py).")
+        if autoencoder == "full":
+            if model.vae is None:
+                raise ValueError(f"{path} has only the tiny autoencoder: give the file that it was "
+                                 "made from.")
+            for name in ("tiny_encoder", "tiny_decoder"):
+                setattr(model, name, None)
+                model.config.pop(name, None)
         return model
+
+    @property
+    def approximate(self):
+        """Whether a tiny network stands in for a half of the autoencoder."""
+        return bool(self.tiny_encoder or self.tiny_decoder)
+
+    def add_tiny(self, name, network, config):
+        """Sets the `tiny_encoder` or `tiny_decoder`; config: its keywords."""
+        setattr(self, name, network)
+        self.config[name] = dict(config)
 
     def become(self, kind, target=None, train_size=None):
         """Sets the trained model's kind, target and train_size (height, width); None: unchanged."""
@@ -93,10 +128,18 @@ class DepthMaster(nn.Module):
         folds constants into weights (nets/inference/folds.py). timesteps: as for `forward`.
         """
         if not self.folded:
+            self.leave_out_unused()
             fold(self, timestep=tuple(timesteps) == (1,))
             self.folded = True
         dtype = getattr(torch, choose(precision, device)[0])
         return self.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval()
+
+    def leave_out_unused(self):
+        """Removes the halves of the autoencoder for which tiny networks stand in."""
+        if self.tiny_encoder and self.vae:
+            self.vae.encoder = self.vae.quant_conv = None
+        if self.tiny_decoder and self.vae:
+            self.vae.decoder = self.vae.post_quant_conv = None
 
     def forward(self, image, timesteps=(1,)):
         """image B,3,H,W in [-1,1] -> depth map B,1,8h,8w, clipped to [-1,1] (Eq. 1-2).
@@ -113,12 +156,16 @@ class DepthMaster(nn.Module):
 
     def decode_depth(self, latent):
         """latent B,4,h,w -> depth map B,1,8h,8w: mean of the decoder's channels, not clipped."""
+        if self.tiny_decoder:
+            return self.tiny_decoder(latent).mean(dim=1, keepdim=True)
         pixels = 64 * latent[:, 0].numel()
         way = strips.decode if self.in_strips(pixels) else AutoencoderKL.decode
         return way(self.vae, latent).mean(dim=1, keepdim=True)
 
     def encode(self, image):
         """image B,3,H,W in [-1,1] -> latent B,4,h,w."""
+        if self.tiny_encoder:
+            return self.tiny_encoder(image)
         way = strips.encode if self.in_strips(image[:, 0].numel()) else AutoencoderKL.encode
         return way(self.vae, image)
 

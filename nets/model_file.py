@@ -143,22 +143,25 @@ def usable(config):
 
 def is_size(name, value):
     """Whether a value is valid for this keyword of our networks' constructors."""
-    if name in ("swiglu", "fourier", "native"):
+    if name in ("swiglu", "fourier", "native", "half_size"):
         return isinstance(value, bool)
+    if name == "drop":
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
     if name in ("attention", "windowed"):
         return isinstance(value, list) and all(isinstance(part, bool) for part in value)
     if name == "scaling_factor":
         return type(value) in (int, float) and 0 < value < math.inf
     listed = {"channels": (True,), "heads": (True, False)}.get(name, (False,))
     values = value if isinstance(value, list) else [value]
-    limit = 256 if name in ("layers", "depth") else 100_000  # no network has more
+    limit = 256 if name in ("layers", "depth", "blocks") else 100_000  # no network has more
     return isinstance(value, list) in listed and 0 < len(values) <= 32 and all(
         type(part) is int and 0 < part <= limit for part in values)
 
 
 def networks(config):
     """The constructor keywords of each network of a model: a list of dicts."""
-    return [config[name] for name in ("vae", "unet") if name in config] or [config]
+    names = "vae", "unet", "tiny_encoder", "tiny_decoder"
+    return [config[name] for name in names if isinstance(config.get(name), dict)] or [config]
 
 
 def build(constructor, config, path, device="cpu", dtype=None):
@@ -169,8 +172,8 @@ def build(constructor, config, path, device="cpu", dtype=None):
     """
     with open_weights(path) as file:
         names = file.keys()
-    least = sum(max(len(each.get("channels", ())) * each.get("layers", 1), each.get("depth", 0))
-                for each in networks(config))
+    least = sum(max(len(each.get("channels", ())) * each.get("layers", 1), each.get("depth", 0),
+                    each.get("blocks", 0)) for each in networks(config))
     try:
         if least > len(names):  # building so many layers could take long
             raise ValueError(f"it has {len(names)} tensors")

@@ -151,6 +151,17 @@ class Middle(nn.Module):
         return self.resnet2(self.attention(self.resnet1(x, time), text), time)
 
 
+class Skip(nn.Module):
+    """What is left of a resnet or transformer that was dropped: its skip connection."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.shortcut = getattr(block, "shortcut", nn.Identity())
+
+    def forward(self, x, context):
+        return self.shortcut(x)
+
+
 class UNet(nn.Module):
     """The whole U-Net; the keywords' defaults are those of Stable Diffusion 2.
 
@@ -158,11 +169,12 @@ class UNet(nn.Module):
     attention: which levels have transformers (the middle always has one); heads: per level.
     layers: resnets per level on the way down (one more on the way up).
     fourier: whether the Fourier Enhancement block of stage 2 follows the middle block.
+    drop: names of resnets and transformers to leave out, or of what holds them: `up.0`, `mid`.
     """
 
     def __init__(self, *, in_channels=4, out_channels=4, channels=(320, 640, 1280, 1280), layers=2,
                  attention=(True, True, True, False), heads=(5, 10, 20, 20), text_width=1024,
-                 text_tokens=2, groups=32, fourier=False):
+                 text_tokens=2, groups=32, fourier=False, drop=()):
         super().__init__()
         self.channels = tuple(channels)
         self.checkpoint_activations = False
@@ -190,6 +202,23 @@ class UNet(nn.Module):
             below = channels[level]
         self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.drop(drop)
+
+    def blocks(self):
+        """Names of all resnets and transformers."""
+        return [name for name, module in self.named_modules()
+                if isinstance(module, Resnet | Transformer)]
+
+    def drop(self, names):
+        """Leaves only the skip of blocks, given by their names or of what holds them."""
+        blocks = self.blocks()
+        for name in names:
+            found = [block for block in blocks if f"{block}.".startswith(f"{name}.")]
+            if not found:
+                raise ValueError(f"there is no block {name!r} in the U-Net, which has "
+                                 f"{', '.join(blocks)}.")
+            for block in found:
+                self.set_submodule(block, Skip(self.get_submodule(block)))
 
     def feature_channels(self, feature):
         """Channels of the feature `down1`, `down2`, ... or `mid`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"train_stage1", "train_stage2", "convert_sd2", "evaluate", "predict", "app"}
+SCRIPTS = {"train_stage1", "train_stage2", "distill", "convert_sd2", "evaluate", "predict", "app"}
 PACKAGES = {"nets", "losses", "data", "miniature", "extras", "engine", "metrics", "evaluation"}
 # What each part may import of the project and of the heavier libraries.
 ALLOWED = {

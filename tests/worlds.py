@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import distill
 import train_stage1
 import train_stage2
 from data.training_set import collate, open_training_set
@@ -353,6 +354,6 @@ def interrupt(monkeypatch, steps):
 
 
 def replace_step(monkeypatch, function):
-    """Another optimizer_step for both trainers."""
-    for script in (train_stage1, train_stage2):
+    """Another optimizer_step for all trainers."""
+    for script in (train_stage1, train_stage2, distill):
         monkeypatch.setattr(script, "optimizer_step", function)

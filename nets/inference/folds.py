@@ -20,7 +20,9 @@ def fold(model, timestep=True):
             module.cross_attention = gates(module.cross_attention, model.unet.text_embedding)
     if timestep:
         fold_timestep(model.unet)
-    fold_mean(model.vae.decoder)
+    last = model.tiny_decoder[-1] if model.tiny_decoder else model.vae.decoder.conv_out
+    if isinstance(last, nn.Conv2d):  # a decoder of depth ends otherwise, in one channel
+        fold_mean(last)
 
 
 class Gates(nn.Module):
@@ -75,9 +77,8 @@ def fold_timestep(unet):
 
 
 @torch.no_grad()
-def fold_mean(decoder):
-    """Lets the decoder's last convolution give the mean of its channels, as one channel."""
-    conv = decoder.conv_out
+def fold_mean(conv):
+    """Lets a decoder's last convolution give the mean of its channels, as one channel."""
     if conv.out_channels > 1:
         conv.weight = nn.Parameter(conv.weight.float().mean(0, keepdim=True).to(conv.weight))
         conv.bias = nn.Parameter(conv.bias.float().mean(0, keepdim=True).to(conv.bias))

@@ -19,6 +19,9 @@ def write_diffusers(model, folder, settings=None):
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: give the name of a new folder.")
+    if dropped := model.config["unet"].get("drop"):
+        raise ValueError(f"this U-Net lacks {', '.join(dropped)}, and diffusers has no such U-Net: "
+                         "export the model that it was distilled from.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     header = dict(kind=model.kind, config=model.config, sources=model.sources,
                   licence=model.licence)

@@ -65,7 +65,7 @@ def sizes(net, shapes, settings, tables=None):
             found["heads"] = [found["heads"]] * len(found["channels"])
         if not len(found["channels"]) == len(found["heads"]) == len(found["attention"]):
             raise ValueError("the levels of config.json do not fit one another.")
-    elif net != "vae":
+    elif "depth" in found:
         found["heads"] = found.get("heads") or head_count(found["width"])
     if any(width % found["groups"] for width in found.get("channels", ())):
         raise ValueError(f"the widths {found['channels']} are no multiples of {found['groups']} "
