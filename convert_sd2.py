@@ -57,6 +57,8 @@ def main():
                         help="leave the full autoencoder out of a model that has a tiny one")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
+    if args.export and (args.autoencoder or args.without_full):
+        parser.error("--export takes a model as it is: first attach, then export")
     if args.export and args.out is None:
         parser.error("--export needs --out, the folder or file to write")
     if args.export in ("onnx", "torch"):
@@ -187,7 +189,8 @@ def attach(path, sources, without_full, out=None, dtype=torch.float32):
                                  f"{sizes['latent_channels']} channels.")
             model.add_tiny(name, network, sizes)
         model.sources += [f"{name} sha256:{sha256(file)}" for name, file in files.items()]
-        model.licence += f"; {LICENCE}"
+        if LICENCE not in model.licence:
+            model.licence = "; ".join(filter(None, (model.licence, LICENCE)))
     if without_full:
         if not (model.tiny_encoder and model.tiny_decoder):
             raise ValueError(f"{path} has no tiny encoder and decoder: --without-full would leave "

@@ -81,7 +81,7 @@ class Part(nn.Module):
         def forward(side):
             image = torch.zeros(1, 3, 8 * side, 8 * side, dtype=torch.uint8, device=device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return self({"image": image})
+                return self({"image": image, "target": image[:, :1].float()})
 
         return activation_bytes(forward, samples * math.prod(size) // 64)
 
@@ -147,7 +147,8 @@ def options():
     add = parser.add_argument_group("distillation").add_argument
     add("--ckpt", type=Path, default=Path("runs/stage2/model.safetensors"),
         help="the trained model (%(default)s)")
-    add("--part", choices=["decoder", "encoder", "unet"], default="decoder", help="(%(default)s)")
+    add("--part", choices=["decoder", "encoder", "unet"], default="decoder",
+        help="(%(default)s; the unet's --lr is 3e-5)")
     add("--drop", nargs="+", metavar="BLOCK", default=[], help="of the U-Net, as up.0.attentions.1 "
         "or mid")
     add("--out", type=Path, default=Path("runs/distill"), help="run folder (%(default)s)")
@@ -231,7 +232,12 @@ def main():
     training_set = open_training_set(
         args.data, args.vkitti, model.train_size, args.vkitti_crop, model.target, args.seed,
         args.batch, args.rgb_resize, pictures=True, **pairs)
-    held_out = open_held_out(args.data or args.vkitti, args.vkitti_crop, pairs, say)
+    readers = [type(source).__name__ for source in training_set.sources]
+    held_out = None
+    if readers == ["FolderOfPictures"]:
+        say(f"{args.data} is a folder of pictures without depth: no validation during training.")
+    else:
+        held_out = open_held_out(args.data or args.vkitti, args.vkitti_crop, pairs, say)
     if args.preflight:
         return check_data(training_set, held_out, args.workers, tell)
     recompute = job.recompute_activations(
@@ -239,12 +245,13 @@ def main():
         objective.activation_bytes(args.micro_batch, training_set.largest_size(), dtype))
     model.unet.checkpoint_activations = student.checkpoint_activations = recompute
     content = run_folder.content((args.ckpt,), model, training_set, ranks)
-    state = run_folder.open_run(args.out, run_folder.decisive(vars(args)), ranks, args.extend,
-                                content, args.accept_changes)
+    decisive = run_folder.decisive(vars(args)) | {"readers": readers}  # whether there is depth
+    state = run_folder.open_run(args.out, decisive, ranks, args.extend, content,
+                                args.accept_changes)
     first = run_folder.resume(args.out, state, student, optimizer, args.steps, model)
     if args.cache:
-        settings = dict(part=args.part, target=model.target, rgb_resize=args.rgb_resize,
-                        autocast=str(dtype), kept=f"torch.{args.cache_precision}", **pairs)
+        settings = dict(part=args.part, readers=readers, target=model.target, autocast=str(dtype),
+                        rgb_resize=args.rgb_resize, kept=f"torch.{args.cache_precision}", **pairs)
         training_set = open_cache(training_set, args.cache, settings, [args.ckpt])
 
         def frozen(batch):

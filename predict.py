@@ -72,7 +72,10 @@ def options():
     add("--doctor", action="store_true", help="say what this machine has and can do")
     add("--selftest", action="store_true", help="check the model file and its result")
     add_output_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.selftest and args.autoencoder:
+        parser.error("--selftest checks the file as it is: leave out --autoencoder")
+    return args
 
 
 def open_model(args, device):

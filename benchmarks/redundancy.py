@@ -43,7 +43,10 @@ def options():
         help="of the picture for work and time (the model's own)")
     add("--runs", type=terminal.positive, default=3, help="to measure the time (%(default)s)")
     add("--device", default="auto")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.sd2 and (args.data or args.save):
+        parser.error("--sd2 has random weights and no scores: leave out --data and --save")
+    return args
 
 
 def groups(unet):
@@ -126,7 +129,11 @@ def main():
         weights[name] = parameters(model.unet) - parameters(without(model, [name]).unet)
 
     def score(blocks):
-        return validate(without(model, blocks), reader, args.images, torch.float32)
+        bad = []
+        found = validate(without(model, blocks), reader, args.images, torch.float32, bad=bad)
+        if not found:
+            raise ValueError(f"no picture could be scored, the first because: {bad[0]}")
+        return found
 
     whole = {} if args.sd2 else score([])
     if whole:

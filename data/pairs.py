@@ -154,7 +154,7 @@ class FolderOfPictures:
         return len(self.paths)
 
     def name(self, i):
-        return without_suffix(self.paths[i])
+        return self.paths[i]
 
     def __getitem__(self, i):
         """dict(image uint8 3,H,W; name); raises BadSample."""

@@ -139,7 +139,9 @@ def open_training_source(root, split="train", crop=KITTI_CROP, pictures=False, *
     root = Path(root)
     check_folder(root)
     kind = kind_of(root)
-    if kind is None and pictures and len(found := FolderOfPictures(root)):
+    inside = any(kind_of(path) for path in root.iterdir()
+                 if path.is_dir() and os.access(path, os.R_OK))
+    if kind is None and pictures and not inside and len(found := FolderOfPictures(root)):
         found.exif = pairs["exif"]
         return found
     if kind is None:

@@ -27,12 +27,9 @@ class Steps:
         self.first, self.last, self.save_every, self.log = first, last, save_every, log
         self.ranks, self.save, self.look = ranks, save, look
         self.watch, self.leave = Watch(ranks), False
-        self.progress = Progress(first, last, batch, log_every, log, ranks)
+        self.batch, self.log_every = batch, log_every
 
     def __iter__(self):
-        # Without this row a run was killed after saving, before validating.
-        if self.ranks.first and self.first and not self.log.has_validation(self.first):
-            self.look(self.first)
         for self.step in range(self.first, self.last):
             yield self.step
             if self.leave:
@@ -53,6 +50,11 @@ class Steps:
             self.look(done)
 
     def __enter__(self):
+        # Without this row a run was killed after saving, before validating.
+        if self.ranks.first and self.first and not self.log.has_validation(self.first):
+            self.look(self.first)
+        self.progress = Progress(self.first, self.last, self.batch, self.log_every, self.log,
+                                 self.ranks)
         self.watch.__enter__()
         return self
 

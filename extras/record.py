@@ -15,7 +15,8 @@ OTHER = {"inputs", "frames", "ckpt", "out", "save", "skip_existing", "device", "
 def describe_run(args):
     """What is the same for all pictures of a run of predict.py: model and options."""
     options = {name: value if isinstance(value, int | float | None) else str(value)
-               for name, value in sorted(vars(args).items()) if name not in OTHER}
+               for name, value in sorted(vars(args).items()) if name not in OTHER
+               and (name, value) != ("autoencoder", None)}  # older records lack this option
     return {"version": VERSION, "checkpoint": str(args.ckpt),
             "checkpoint_sha256": sha256(args.ckpt), "options": options}
 

@@ -59,6 +59,7 @@ SPACES = {"sqrt_disparity": "square-root disparity", "disparity": "disparity", "
 PARADIGMS = {
     "single": "a single pass", "iterative": "four passes, each on the last one's output",
     "i2l": "no prediction, but the truth sent through the autoencoder",
+    "denoise": "by denoising, as Marigold",
 }
 NEGATIVE = {
     "clamp": "Aligned values below 0 became 0 (far)",
@@ -219,7 +220,8 @@ def describe(name, result):
         yield "Prediction", "Saved predictions."
     else:
         size = f"With the longest side at {longest} px" if longest else "At the native size"
-        how = PARADIGMS[result["paradigm"]]
+        way, *more = result["paradigm"].split(", ")  # such as passes, the tiny autoencoder
+        how = ", ".join([PARADIGMS[way], *more])
         yield "Prediction", f"{size}, in {result['precision']}; {how}."
     yield "Alignment", f"{METRIC[space]}." if space in METRIC else (
         f"In {SPACES[space]}: scale and shift by least squares in float64, at the truth's size, "

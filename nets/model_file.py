@@ -146,7 +146,8 @@ def is_size(name, value):
     if name in ("swiglu", "fourier", "native", "half_size"):
         return isinstance(value, bool)
     if name == "drop":
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+        return (isinstance(value, list) and len(value) <= 1000
+                and all(isinstance(part, str) for part in value))
     if name in ("attention", "windowed"):
         return isinstance(value, list) and all(isinstance(part, bool) for part in value)
     if name == "scaling_factor":

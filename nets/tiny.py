@@ -126,7 +126,8 @@ def in_strips(level, x):
     A strip is computed with as many rows above and below as its convolutions see.
     """
     level = nn.Sequential(*level)
-    scale, seen, width = 1, 0, 0  # rows of output for one of input; rows seen; widest map's bytes
+    # Rows of output for one of input; rows seen; numbers of the widest map for a row of input.
+    scale, seen, width = 1, 0, x.shape[1] * x.shape[3]
     for layer in level:
         seen += (3 if isinstance(layer, Block) else isinstance(layer, nn.Conv2d)) / scale
         scale *= 2 if isinstance(layer, Enlarge | nn.PixelShuffle) else 1

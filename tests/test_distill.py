@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import distill
+from data.pairs import FolderOfPictures
 from losses.gradient import gradient_loss, pixel_loss
 from nets.depthmaster import DepthMaster
 from tests.worlds import CROP, call, comes_back, files, interrupt, run, streets
@@ -89,10 +90,34 @@ def test_pictures_without_depth(part, train, files, tmp_path, capsys):
     shutil.copytree(files / "pairs/train/rgb", pictures / "deep/below")
     rows = train(tmp_path / "run", data=pictures)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
-    assert "No validation during training" in capsys.readouterr().err
+    assert "without depth: no validation during training" in capsys.readouterr().err
     (pictures / "deep/below/0.png").write_text("no picture")
     with pytest.raises(ValueError, match="1 samples can't be used"):
         train(tmp_path / "other", "--preflight", data=pictures)
+
+
+def test_depth_that_comes_later_is_another_run_with_other_entries(files, tmp_path, monkeypatch):
+    """The folder, the names and the sizes stay the same."""
+    data = tmp_path / "data"
+    shutil.copytree(files / "pairs/train/rgb", data / "rgb")
+
+    def losses(out):
+        rows = run(monkeypatch, distill, tmp_path / out, "--ckpt", files / "stage1.safetensors",
+                   "--data", data, "--cache", tmp_path / "cache", *SMALL)
+        return [row["loss"] for row in rows if "loss" in row]
+
+    before = losses("without")
+    shutil.copytree(files / "pairs/train/depth", data / "depth")
+    assert losses("with") != before
+    with pytest.raises(ValueError, match="readers: .'FolderOfPictures'. then"):
+        losses("without")
+
+
+def test_pictures_of_one_name_are_two_samples(tmp_path, files):
+    for name in ("a.png", "a.jpg"):
+        shutil.copy(files / "pairs/train/rgb/0.png", tmp_path / name)
+    reader = FolderOfPictures(tmp_path)
+    assert [reader.name(0), reader.name(1)] == ["a.jpg", "a.png"]
 
 
 def test_the_decoder_s_objective_against_its_parts(files):
@@ -146,6 +171,8 @@ def test_bad_input_is_one_sentence(files, tmp_path, monkeypatch, capsys, streets
     assert "there is no block 'middle'" in refused(*ckpt, "--part", "unet", "--drop", "middle")
     (tmp_path / "empty").mkdir()
     assert "is empty; give the root" in refused(*ckpt, "--data", tmp_path / "empty")
+    shutil.copytree(files / "pairs", tmp_path / "above/pairs")
+    assert "above/pairs is: give that" in refused(*ckpt, "--data", tmp_path / "above")
     model = DepthMaster.from_file(files / "stage1.safetensors")
     for part in ("encoder", "decoder"):
         distill.objective_of(model, part, [], 8, 1)

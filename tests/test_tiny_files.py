@@ -14,8 +14,8 @@ import predict
 from extras.tiny_files import open_tiny
 from nets.depthmaster import DepthMaster
 from nets.tiny import TinyDecoder, TinyEncoder
-from tests.test_tiny import SMALL, trained_like
-from tests.worlds import call, photo, save_tiny
+from tests.test_tiny import SMALL, model_with, trained_like
+from tests.worlds import boxes, call, photo, save_tiny
 
 CONFIG = {"_class_name": "AutoencoderTiny", "in_channels": 3, "out_channels": 3, "act_fn": "relu",
           "latent_channels": 4, "upsampling_scaling_factor": 2, "latent_magnitude": 3,
@@ -87,7 +87,7 @@ def test_attached_beside_and_in_place(tmp_path, model, monkeypatch, capsys):
     assert str(both) in capsys.readouterr().out
     found = DepthMaster.from_file(both)
     assert found.vae and found.approximate
-    assert found.licence.endswith("; MIT (TAESD)")
+    assert found.licence == "MIT (TAESD)"
     assert found.sources[-1].startswith("diffusion_pytorch_model.safetensors sha256:")
     exact = DepthMaster.from_file(both, autoencoder="full").state_dict()
     for name, tensor in DepthMaster.from_file(model).state_dict().items():
@@ -157,3 +157,22 @@ def test_scripts_take_such_a_file_and_say_so(tmp_path, model, monkeypatch, capsy
     np.testing.assert_allclose(np.load(tmp_path / "exact/photo.npy"), maps["full"], atol=1e-5)
     assert not np.allclose(maps["tiny"], maps["full"], atol=1e-2)
     assert call(monkeypatch, evaluate, "--predictions", tmp_path, "--autoencoder", "tiny") == 2
+    assert call(monkeypatch, predict, "--ckpt", both, "--selftest", "--autoencoder", "full") == 2
+    assert call(monkeypatch, convert_sd2, both, "--export", "diffusers", "--out", tmp_path / "x",
+                "--without-full") == 2
+
+
+def test_the_report_of_such_a_model(tmp_path, monkeypatch):
+    pairs = tmp_path / "data"
+    for kind in ("rgb", "depth"):
+        (pairs / kind).mkdir(parents=True)
+    iio.imwrite(pairs / "rgb/a.png", photo(61, 83))
+    np.save(pairs / "depth/a.npy", boxes()[0])
+    model = model_with()
+    model.save(tmp_path / "model.safetensors")
+    assert call(monkeypatch, evaluate, "--ckpt", tmp_path / "model.safetensors", "--data", pairs,
+                "--datasets", "pairs", "--workers", 0, "--device", "cpu", "--report", "--out",
+                tmp_path / "out") == 0
+    assert "a single pass, tiny autoencoder" in (tmp_path / "out/report.html").read_text()
+    result = json.loads((tmp_path / "out/metrics.json").read_text())["pairs"]
+    assert result["paradigm"] == "single, tiny autoencoder"
