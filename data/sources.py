@@ -139,11 +139,13 @@ def open_training_source(root, split="train", crop=KITTI_CROP, pictures=False, *
     root = Path(root)
     check_folder(root)
     kind = kind_of(root)
-    inside = any(kind_of(path) for path in root.iterdir()
-                 if path.is_dir() and os.access(path, os.R_OK))
-    if kind is None and pictures and not inside and len(found := FolderOfPictures(root)):
-        found.exif = pairs["exif"]
-        return found
+    if kind is None and pictures:
+        sets = any(kind_of(path) for path in root.iterdir()
+                   if path.is_dir() and os.access(path, os.R_OK))
+        found = FolderOfPictures(root)
+        if len(found) and not sets:
+            found.exif = pairs["exif"]
+            return found
     if kind is None:
         raise FileNotFoundError(unknown_data(root))
     if kind is FolderOfPairs:

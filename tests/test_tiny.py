@@ -1,15 +1,18 @@
 """The tiny autoencoder, and models that hold it beside or in place of the full one."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.timing import counter
 from nets import tiny
 from nets.depthmaster import DepthMaster
 from nets.tiny import Block, TinyDecoder, TinyEncoder, levels
+from nets.unet import UNet
 from tests.fixtures.weights import relative_error
 from tests.worlds import TINY, photo
 
@@ -195,3 +198,36 @@ def test_what_can_be_dropped():
     model.unet.drop(model.unet.blocks())
     assert model.unet.blocks() == []
     model.unet(torch.zeros(1, 4, 8, 8))
+
+
+# ------------------------------------------------------------------- the figures of docs/faster.md
+
+
+def work(network, *size):
+    """TFLOP of an input of a size, from shapes alone."""
+    with counter() as seen:
+        network.to("meta")(torch.empty(size, device="meta"))
+    return seen.get_total_flops() / 1e12
+
+
+def test_the_work_that_the_documentation_claims():
+    page = (Path(__file__).parent.parent / "docs/faster.md").read_text()
+    encoder = work(TinyEncoder(), 1, 3, 480, 640)
+    decoder = work(TinyDecoder(), 1, 4, 60, 80)
+    of_depth = work(TinyDecoder(half_size=True), 1, 4, 60, 80)
+    unet = 0.94
+    assert f"| TAESD | {encoder:.2f} | {decoder:.2f} | {encoder + unet + decoder:.2f} |" in page
+    assert (f"| tiny encoder, decoder of depth | {encoder:.2f} | {of_depth:.2f} | "
+            f"{encoder + unet + of_depth:.2f} |") in page
+    assert (f"| full encoder, decoder of depth | 1.32 | {of_depth:.2f} | "
+            f"{1.32 + unet + of_depth:.2f} |") in page
+
+
+def test_what_dropping_saves_at_the_full_size():
+    """The documentation: 34 % of the U-Net's parameters, 5 % of its work."""
+    with torch.device("meta"):
+        whole, smaller = UNet(), UNet(drop=["mid", "down.3", "up.0"])
+    count, less = (sum(p.numel() for p in unet.parameters()) for unet in (whole, smaller))
+    assert round(1 - less / count, 2) == 0.34
+    share = work(smaller, 1, 4, 60, 80) / work(whole, 1, 4, 60, 80)
+    assert round(1 - share, 2) == 0.05
